@@ -66,9 +66,7 @@ def decode_image(source: Path | bytes, *, name: str | None = None) -> Image.Imag
         raise ImageError(_too_large(where, "too many")) from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{where}: not an image that can be read ({', '.join(FORMATS)})") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise nearly anything on corrupt bytes, from OSError to IndexError
+    except Exception as error:  # on corrupt bytes Pillow's decoders raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{where}: truncated or corrupt image: {reason}") from error
 
