@@ -1,4 +1,4 @@
-"""FeatureSet: what one backbone says of one collection of images, mapped from disk, refused when not whole."""
+"""FeatureSet: what a backbone says of a collection of images, mapped from disk, refused when not whole."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def assemble_feature_set(
     *,
     image_sha256: Sequence[str] | None = None,
 ) -> FeatureSet:
-    """The folder holds the shards that `write_shard` made, in this order, linked rather than copied if it can.
+    """The folder holds the shards that `write_shard` made, in this order, linked if it can.
 
     Raises ValueError when they do not hold one vector per id.
     """
