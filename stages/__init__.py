@@ -1,0 +1,1 @@
+"""One module per stage of the graph: what goes in, what comes out, what it costs."""
