@@ -1,0 +1,61 @@
+// A gallery as shards that lie where they are, cut into blocks that never cross a shard.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "contract.h"
+
+namespace attribution {
+
+struct Shard {
+  const unsigned char* data;
+  int64_t rows;
+  int64_t stride;      // bytes from row to row
+  const float* scale;  // [rows] or null
+};
+
+class Gallery {
+ public:
+  Gallery(Storage storage, int dim, std::vector<Shard> shards)
+      : storage(storage), dim(dim), shards_(std::move(shards)), first_row_{0}, first_block_{0} {
+    for (const Shard& shard : shards_) {
+      first_row_.push_back(first_row_.back() + shard.rows);
+      first_block_.push_back(first_block_.back() + (shard.rows + block_rows - 1) / block_rows);
+    }
+  }
+
+  int64_t rows() const { return first_row_.back(); }
+  int64_t blocks() const { return first_block_.back(); }
+
+  Block block(int64_t index) const {
+    const size_t s = holder(first_block_, index);
+    return slice(s, (index - first_block_[s]) * block_rows, block_rows);
+  }
+
+  // The one row `index` of the whole gallery.
+  Block row(int64_t index) const {
+    const size_t s = holder(first_row_, index);
+    return slice(s, index - first_row_[s], 1);
+  }
+
+  const Storage storage;
+  const int dim;
+
+ private:
+  // Empty shards begin where the next one does: the last that begins at or before `index` is the one that holds it.
+  static size_t holder(const std::vector<int64_t>& first, int64_t index) {
+    return size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
+  }
+
+  Block slice(size_t s, int64_t begin, int64_t most) const {
+    const Shard& shard = shards_[s];
+    return Block{shard.data + begin * shard.stride, shard.stride, int(std::min(most, shard.rows - begin)),
+                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr};
+  }
+
+  std::vector<Shard> shards_;
+  std::vector<int64_t> first_row_, first_block_;
+};
+
+}  // namespace attribution
