@@ -1,0 +1,207 @@
+"""The only door to retrieval: exact top k, exact influence over the whole gallery, exact counts.
+
+score(q, x) = (q . x + offset_q) * scale_x, accumulated in float64 in a fixed order and rounded once to
+float32. Callers normalize (or pass `scale`). Of equal scores the lower gallery row comes first. Every
+thread count, batching, sharding and instruction set returns the same bits.
+
+A gallery is one [rows, dim] array or a sequence of such shards, numpy (memory-mapped ones too) or torch
+on the CPU, of float32, float16 or bfloat16; it is read where it lies. Wherever arrays do not fit
+together, ValueError or TypeError says which and how.
+"""
+
+import functools
+import hashlib
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from attribution import similarity_arrays as arrays
+from attribution import similarity_reference as reference
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "cuda")
+
+# A query with more scores of weight than this outside its top k gets its sum from a second walk.
+WINDOW_CAP = 2048
+# Queries that share one walk over the gallery: what fits, packed, into a core's second-level cache.
+QUERY_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """For each query the k gallery rows of highest score, and the share of influence each holds.
+
+    support counts the gallery items with influence > 0. support_mass is the influence of the k shown
+    together, and remainder that of all the others; the two add up to 1, unless the gallery is empty.
+    """
+
+    ids: Int64[np.ndarray, "queries k"]  # -1 beyond the end of the gallery
+    scores: Float32[np.ndarray, "queries k"]  # -inf there
+    influence: Float32[np.ndarray, "queries k"]  # 0 there
+    support: Int64[np.ndarray, " queries"]
+    support_mass: Float32[np.ndarray, " queries"]
+    remainder: Float32[np.ndarray, " queries"]
+    impl: str
+
+
+def attribute(
+    queries: Any,
+    gallery: Any,
+    *,
+    k: int,
+    inv_tau: float,
+    b: float,
+    scale: Any = None,
+    offset: Any = None,
+    impl: str = "auto",
+    threads: int | None = None,
+) -> Attribution:
+    """The influence of a gallery row is its share of the thresholded softmax over the whole gallery.
+
+    influence_i = w_i / sum_j w_j,  w_i = max(exp(inv_tau * (s_i - max_j s_j)) + b, 0)     (arXiv:2306.09345)
+
+    queries: [queries, dim]; inv_tau > 0 per unit of score; -1 < b <= 0. Raises ValueError for values out
+    of range or not finite, naming the row.
+    """
+    k = _positive(k, "k")
+    if not 0 < inv_tau < float("inf"):
+        raise ValueError(f"inv_tau: wanted a finite number > 0, got {inv_tau}")
+    if not -1 < b <= 0:
+        raise ValueError(f"b: wanted -1 < b <= 0, got {b}")
+    call = _Call(queries, gallery, scale, offset, impl, threads)
+    if call.impl == "reference":
+        found = reference.attribute(call.inputs, k, float(inv_tau), float(b))
+    else:
+        found = _extension().retrieve(*call.extension_inputs(), k, float(inv_tau), float(b), *call.limits())
+    ids, scores, influence, support, support_mass, remainder = found
+    return Attribution(ids, scores, influence, support, support_mass, remainder, call.impl)
+
+
+def search(
+    queries: Any,
+    gallery: Any,
+    *,
+    k: int,
+    scale: Any = None,
+    offset: Any = None,
+    impl: str = "auto",
+    threads: int | None = None,
+) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+    """The ids and scores are those that `attribute` returns; no influence is computed."""
+    k = _positive(k, "k")
+    call = _Call(queries, gallery, scale, offset, impl, threads)
+    if call.impl == "reference":
+        return reference.search(call.inputs, k)
+    return _extension().retrieve(*call.extension_inputs(), k, None, 0.0, *call.limits())
+
+
+def count_larger(
+    queries: Any,
+    gallery: Any,
+    thresholds: Any,
+    *,
+    or_equal: bool = False,
+    scale: Any = None,
+    offset: Any = None,
+    impl: str = "auto",
+    threads: int | None = None,
+) -> Int64[np.ndarray, "queries thresholds"]:
+    """Each count is the number of gallery rows whose score is larger than the threshold.
+
+    With `or_equal`, equal scores count too. thresholds: [queries, thresholds]. Take them from
+    `canonical_scores` and equal vectors compare equal; the rank of an exemplar is then 1 + the number
+    larger in the rest of the gallery, or equal where ties are to count against it.
+    """
+    call = _Call(queries, gallery, scale, offset, impl, threads)
+    levels = arrays.thresholds(thresholds, call.inputs.queries.shape[0])
+    if call.impl == "reference":
+        return reference.count_larger(call.inputs, levels, or_equal)
+    threads, _, batch = call.limits()
+    return _extension().count_larger(*call.extension_inputs(), levels, or_equal, threads, batch)
+
+
+def canonical_scores(
+    queries: Any, gallery: Any, ids: Any, *, scale: Any = None, offset: Any = None, impl: str = "auto"
+) -> Float32[np.ndarray, "queries ids"]:
+    """Each score is the one by which `attribute` and `count_larger` order that gallery row; -inf for id -1.
+
+    ids: [queries, ids], gallery rows.
+    """
+    call = _Call(queries, gallery, scale, offset, impl, None)
+    rows = arrays.ids(ids, call.inputs.queries.shape[0], call.inputs.rows)
+    if call.impl == "reference":
+        return reference.canonical_scores(call.inputs, rows)
+    return _extension().canonical_scores(*call.extension_inputs(), rows)
+
+
+class _Call:
+    """The checked arguments that all operations share."""
+
+    def __init__(
+        self, queries: Any, gallery: Any, scale: Any, offset: Any, impl: str, threads: int | None
+    ) -> None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: wanted one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        if impl == "cuda":
+            raise ValueError(
+                'impl="cuda": this extension was built without CUDA kernels; do: impl="cpu" or "auto"'
+            )
+        self.impl = "cpu" if impl == "auto" else impl
+        self.inputs = arrays.open_inputs(queries, gallery, scale, offset)
+        self.threads = _positive(_default_threads() if threads is None else threads, "threads")
+
+    def extension_inputs(self) -> tuple[Any, ...]:
+        inputs = self.inputs
+        return list(inputs.shards), inputs.storage, inputs.queries, inputs.offset, inputs.scale
+
+    def limits(self) -> tuple[int, int, int]:
+        return self.threads, WINDOW_CAP, QUERY_BATCH
+
+
+def _positive(value: int, name: str) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name}: wanted an integer >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: wanted an integer >= 1, got {value}")
+    return int(value)
+
+
+def _default_threads() -> int:
+    wanted = os.environ.get("ATTRIBUTION_THREADS", "")
+    if not wanted:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"ATTRIBUTION_THREADS: wanted an integer >= 1, got {wanted!r}")
+    return int(wanted)
+
+
+def sources_digest(names: Sequence[Path]) -> str:
+    """The digest that CMakeLists.txt builds into the extension, of these files of csrc."""
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@functools.cache
+def _extension() -> Any:
+    repair = "run: uv sync --reinstall-package attribution-by-customization"
+    try:
+        extension = importlib.import_module("attribution_extension")
+    except ImportError as error:
+        raise ImportError(f"attribution_extension: cannot be imported ({error}); {repair}") from error
+    # An experiment that runs in a copy of the repository brings its own csrc, but shares the environment.
+    csrc = Path(__file__).resolve().parent.parent / "csrc"
+    if csrc.is_dir():
+        here = sources_digest(
+            sorted(path for path in csrc.iterdir() if path.suffix in (".h", ".inc", ".cpp", ".cu"))
+        )
+        if extension.sources_sha256 != here:
+            raise ImportError(
+                f"attribution_extension: built from other sources ({extension.sources_sha256[:12]}) "
+                f"than csrc holds ({here[:12]}): stale extension; {repair}"
+            )
+    return extension

@@ -1,0 +1,143 @@
+"""What callers hand to retrieval, checked and opened as numpy views without a copy of the gallery."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+STORAGES = "float32, float16 or bfloat16"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """queries are float32; the shards keep their storage type, bfloat16 as its bits in uint16."""
+
+    queries: Float32[np.ndarray, "queries dim"]
+    shards: tuple[np.ndarray, ...]
+    storage: str
+    scale: Float32[np.ndarray, " gallery"] | None
+    offset: Float32[np.ndarray, " queries"] | None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of all shards together."""
+        return sum(shard.shape[0] for shard in self.shards)
+
+
+def open_inputs(queries: Any, gallery: Any, scale: Any, offset: Any) -> Inputs:
+    """The result fits together; only the gallery's values are still unchecked."""
+    query_view, query_storage = _open(queries, "queries")
+    query_values = np.ascontiguousarray(as_float32(query_view, query_storage))
+    _require_finite(query_values, "queries")
+    shards, storage = _open_gallery(gallery)
+    for name, shard in shards.items():
+        if shard.shape[1] != query_values.shape[1]:
+            raise ValueError(
+                f"{name}: wanted dim {query_values.shape[1]} as queries {list(query_values.shape)} have, "
+                f"got {list(shard.shape)}"
+            )
+    rows = sum(shard.shape[0] for shard in shards.values())
+    scale_values = None if scale is None else _vector(scale, "scale", rows, "gallery rows")
+    offset_values = None if offset is None else _vector(offset, "offset", query_values.shape[0], "queries")
+    if offset_values is not None:
+        _require_finite(offset_values[:, None], "offset")
+    return Inputs(query_values, tuple(shards.values()), storage, scale_values, offset_values)
+
+
+def as_float32(values: np.ndarray, storage: str) -> np.ndarray:
+    """The same numbers in float32: every storage type fits into it exactly."""
+    if storage == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def thresholds(values: Any, queries: int) -> Float64[np.ndarray, "queries thresholds"]:
+    """The thresholds are float64 and not NaN."""
+    array = np.ascontiguousarray(_numpy(values, "thresholds")[0], dtype=np.float64)
+    if array.ndim != 2 or array.shape[0] != queries:
+        raise ValueError(f"thresholds: wanted [{queries} queries, thresholds], got {list(array.shape)}")
+    if np.isnan(array).any():
+        raise ValueError(f"thresholds: row {int(np.isnan(array).any(1).argmax())} holds NaN")
+    return array
+
+
+def ids(values: Any, queries: int, rows: int) -> Int64[np.ndarray, "queries ids"]:
+    """The ids are gallery rows, or -1."""
+    array = _numpy(values, "ids")[0]
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"ids: wanted integers, got {array.dtype}")
+    if array.ndim != 2 or array.shape[0] != queries:
+        raise ValueError(f"ids: wanted [{queries} queries, ids], got {list(array.shape)}")
+    if array.size and not (array.min() >= -1 and array.max() < rows):
+        raise ValueError(f"ids: wanted -1 <= id < {rows} gallery rows, got {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _open_gallery(gallery: Any) -> tuple[dict[str, np.ndarray], str]:
+    if not isinstance(gallery, Sequence) or isinstance(gallery, str | bytes):
+        view, storage = _open(gallery, "gallery")
+        return {"gallery": view}, storage
+    if not gallery:
+        raise ValueError("gallery: wanted at least one shard, got an empty sequence")
+    opened = {f"gallery shard {i}": _open(shard, f"gallery shard {i}") for i, shard in enumerate(gallery)}
+    storages = {name: storage for name, (_, storage) in opened.items()}
+    for name, storage in storages.items():
+        if storage != storages["gallery shard 0"]:
+            raise TypeError(f"{name}: wanted {storages['gallery shard 0']} as shard 0 has, got {storage}")
+    return {name: view for name, (view, _) in opened.items()}, storages["gallery shard 0"]
+
+
+def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
+    """A view of the array and the name of its type. torch is not imported for callers who do not use it."""
+    if type(array).__module__.split(".")[0] == "torch" and hasattr(array, "detach"):
+        if array.device.type != "cpu":
+            raise ValueError(f"{name}: wanted device cpu, got {array.device}; do: {name}.cpu()")
+        storage = str(array.dtype).removeprefix("torch.")
+        tensor = array.detach()
+        if storage == "bfloat16":
+            import torch
+
+            return tensor.view(torch.int16).numpy().view(np.uint16), storage
+        return tensor.numpy(), storage
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name}: wanted a numpy array or a torch tensor, got {type(array).__name__}")
+    if array.dtype.name == "bfloat16":  # of the ml_dtypes package
+        return array.view(np.uint16), "bfloat16"
+    return array, array.dtype.name if array.dtype.isnative else str(array.dtype)
+
+
+def _open(array: Any, name: str) -> tuple[np.ndarray, str]:
+    view, storage = _numpy(array, name)
+    if storage not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"{name}: wanted {STORAGES}, got {storage}; do: {name}.astype(np.float32)")
+    if view.ndim != 2 or view.shape[1] < 1:
+        raise ValueError(f"{name}: wanted [rows, dim] with dim >= 1, got shape {list(view.shape)}")
+    row_stride, stride = view.strides
+    if view.size and (stride != view.itemsize and view.shape[1] > 1):
+        raise ValueError(
+            f"{name}: wanted unit stride along dim ({view.itemsize} bytes), "
+            f"got strides {list(view.strides)}; "
+            f"do: np.ascontiguousarray({name})"
+        )
+    if not view.flags.aligned or row_stride % view.itemsize:
+        raise ValueError(
+            f"{name}: wanted aligned values, got strides {list(view.strides)}; do: {name}.copy()"
+        )
+    return view, storage
+
+
+def _vector(values: Any, name: str, length: int, of: str) -> np.ndarray:
+    view, storage = _numpy(values, name)
+    if storage != "float32":
+        raise TypeError(f"{name}: wanted float32, got {storage}")
+    if view.shape != (length,):
+        raise ValueError(f"{name}: wanted one value for each of {length} {of}, got shape {list(view.shape)}")
+    return np.ascontiguousarray(view)
+
+
+def _require_finite(values: np.ndarray, name: str) -> None:
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name}: row {int(finite.argmin())}: wanted finite values, got NaN or infinity")
