@@ -1,0 +1,61 @@
+"""Retrieval again, in float64 and the plainest numpy, sharing no code with what it judges."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Everything about all scores of a batch, in float64."""
+
+    scores: np.ndarray  # [queries, gallery]
+    influence: np.ndarray  # [queries, gallery]
+    support: np.ndarray  # [queries]
+
+
+def scores(queries: np.ndarray, gallery: np.ndarray, scale=None, offset=None) -> np.ndarray:
+    result = queries.astype(np.float64) @ gallery.astype(np.float64).T
+    if offset is not None:
+        result = result + offset.astype(np.float64)[:, None]
+    if scale is not None:
+        result = result * scale.astype(np.float64)
+    return result
+
+
+def influence(all_scores: np.ndarray, inv_tau: float, b: float) -> np.ndarray:
+    weights = np.exp(inv_tau * (all_scores - all_scores.max(axis=1, keepdims=True))) + b
+    weights = np.where(weights > 0, weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def answer(queries, gallery, inv_tau, b, scale=None, offset=None) -> Answer:
+    all_scores = scores(queries, gallery, scale, offset)
+    shares = influence(all_scores, inv_tau, b)
+    return Answer(all_scores, shares, (shares > 0).sum(axis=1))
+
+
+def plain_float32(queries, gallery, inv_tau, b) -> tuple[np.ndarray, np.ndarray]:
+    """What one would write without care, in float32: the yardstick for rounding errors."""
+    all_scores = queries.astype(np.float32) @ gallery.astype(np.float32).T
+    weights = np.exp(np.float32(inv_tau) * (all_scores - all_scores.max(axis=1, keepdims=True))) + np.float32(
+        b
+    )
+    weights = np.maximum(weights, np.float32(0))
+    return all_scores, weights / weights.sum(axis=1, keepdims=True)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def planted(rng: np.random.Generator, queries: int, gallery: int, dim: int, noise: float = 0.05):
+    """Unit vectors; half of the gallery lies near some query, so that a softmax over it is sharp."""
+    q = unit(rng.standard_normal((queries, dim)))
+    g = unit(rng.standard_normal((gallery, dim))) if gallery else np.zeros((0, dim), np.float32)
+    near = rng.permutation(gallery)[: gallery // 2]
+    if len(near) and queries:
+        g[near] = unit(
+            q[rng.integers(queries, size=len(near))] + noise * rng.standard_normal((len(near), dim))
+        )
+    return q, g

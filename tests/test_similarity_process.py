@@ -1,0 +1,154 @@
+"""The extension as a guest in a process: signals, forks, threads, staleness."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attribution import similarity
+from tests import oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_control_c_ends_a_long_call_within_a_second() -> None:
+    code = """
+        import signal, threading, time, os
+        import numpy as np
+        from attribution import similarity
+        row = np.ones((1, 512), np.float32)
+        gallery = np.broadcast_to(row, (300_000_000, 512))   # minutes of work in no memory
+        pressed = []
+        def press():
+            time.sleep(0.5)
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=press).start()
+        try:
+            similarity.search(row, gallery, k=3)
+        except KeyboardInterrupt:
+            print("interrupted after", time.monotonic() - pressed[0])
+    """
+    done = run_python(code)
+    assert "interrupted after" in done.stdout, done.stderr
+    assert float(done.stdout.split()[-1]) < 1
+
+
+def test_a_forked_child_retrieves_too() -> None:
+    code = """
+        import os, sys
+        import numpy as np
+        from attribution import similarity
+        rows = np.eye(300, dtype=np.float32)
+        want = similarity.search(rows, rows, k=2, threads=2)[0]
+        child = os.fork()
+        got = similarity.search(rows, rows, k=2, threads=2)[0]
+        assert (got == want).all()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        print("both")
+    """
+    assert "both" in run_python(code).stdout
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(0), 64, 20_000, 64)
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.3:
+        similarity.attribute(queries, gallery, k=10, inv_tau=5.0, b=0.0)
+    done.set()
+    ticker.join()
+    assert len(ticks) > 20
+
+
+def test_concurrent_calls_do_not_disturb_each_other() -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(1), 20, 3000, 32)
+    want = similarity.attribute(queries, gallery, k=10, inv_tau=9.0, b=-0.04)
+    got: list[similarity.Attribution] = []
+    calls = [
+        threading.Thread(
+            target=lambda: got.append(similarity.attribute(queries, gallery, k=10, inv_tau=9.0, b=-0.04))
+        )
+        for _ in range(6)
+    ]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert len(got) == 6
+    for other in got:
+        np.testing.assert_array_equal(other.ids, want.ids)
+        np.testing.assert_array_equal(other.influence, want.influence)
+
+
+def test_peak_memory_does_not_grow_with_the_gallery() -> None:
+    code = """
+        import resource, sys
+        import numpy as np
+        from attribution import similarity
+        queries = np.random.default_rng(0).standard_normal((256, 16)).astype(np.float32)
+        shard = np.random.default_rng(1).standard_normal((4096, 16)).astype(np.float32)
+        def peak(shards):
+            similarity.attribute(queries, [shard] * shards, k=100, inv_tau=1.0, b=-0.5)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        similarity.search(queries[:1], shard, k=1)
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print((peak(2) - begin) / 1024, (peak(60) - begin) / 1024)
+    """
+    small, large = map(float, run_python(code).stdout.split())
+    assert large < 64  # MB; the scores alone would be 240
+    assert large < small + 16
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_thread_count_that_is_none_is_refused(value: str, monkeypatch) -> None:
+    monkeypatch.setenv("ATTRIBUTION_THREADS", value)
+    with pytest.raises(ValueError, match=f"ATTRIBUTION_THREADS: wanted an integer >= 1, got '{value}'"):
+        similarity.search(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), k=1)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ATTRIBUTION_ISA", "abacus")
+    with pytest.raises(ValueError, match=r"ATTRIBUTION_ISA: wanted one of .*portable.*, got abacus"):
+        similarity.search(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), k=1)
+
+
+def test_an_extension_built_from_other_sources_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(similarity, "sources_digest", lambda names: "0" * 64)
+    similarity._extension.cache_clear()
+    with pytest.raises(
+        ImportError, match=r"stale extension; run: uv sync --reinstall-package attribution-by-cust"
+    ):
+        similarity.search(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), k=1)
+    monkeypatch.undo()
+    similarity._extension.cache_clear()
+
+
+def test_signals_are_left_as_they_were() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    similarity.search(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), k=1)
+    assert signal.getsignal(signal.SIGINT) is handler
