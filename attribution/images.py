@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,17 +45,14 @@ def decode_image(source: Path | bytes, *, name: str | None = None) -> Image.Imag
     ImageError for what is missing, empty, no image, truncated, corrupt, or larger than 50 megapixels by its
     header (nothing is decoded then).
     """
-    if isinstance(source, bytes):
-        where = name or "image"
-        if not source:
-            raise ImageError(f"{where}: empty (0 bytes)")
-    else:
-        where = name or str(source)
-        _check_file(source, where)
+    where = name or (str(source) if isinstance(source, Path) else "image")
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
-        ) as image:
+        if isinstance(source, Path):
+            _check_file(source, where)
+        elif not source:
+            raise ImageError(f"{where}: empty (0 bytes)")
+        file = source if isinstance(source, Path) else io.BytesIO(source)
+        with Image.open(file, formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(_too_large(where, f"{width} x {height}"))
@@ -66,9 +64,12 @@ def decode_image(source: Path | bytes, *, name: str | None = None) -> Image.Imag
         raise ImageError(_too_large(where, "too many")) from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{where}: not an image that can be read ({', '.join(FORMATS)})") from None
+    except OSError as error:  # decoders raise it without a number
+        if error.errno:
+            raise ImageError(f"{where}: cannot be read: {error.strerror}") from error
+        raise ImageError(_corrupt(where, error)) from error
     except Exception as error:  # on corrupt bytes Pillow's decoders raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{where}: truncated or corrupt image: {reason}") from error
+        raise ImageError(_corrupt(where, error)) from error
 
 
 def write_image_table(path: Path | str, rows: pa.Table) -> None:
@@ -132,6 +133,23 @@ def iterate_images(
         yield [(image_id, decode_image(data, name=f"{path}: {image_id}")) for image_id, data in batch]
 
 
+def find_rows(
+    path: Path | str, image_ids: Sequence[str], columns: Sequence[str] = ("image",)
+) -> dict[str, dict[str, Any]]:
+    """Id to row for those of the ids that the table holds; reads only the row groups that hold them."""
+    found: dict[str, dict[str, Any]] = {}
+    wanted = pa.array(image_ids, pa.string())
+    for part in table_parts(path):
+        with _open_part(part, ["image_id", *columns]) as file:
+            for group in range(file.num_row_groups):
+                ids = file.read_row_group(group, columns=["image_id"])["image_id"]
+                mask = pc.is_in(ids, value_set=wanted)
+                if pc.any(mask).as_py():
+                    rows = file.read_row_group(group, columns=["image_id", *columns]).filter(mask)
+                    found |= {row["image_id"]: row for row in rows.to_pylist()}
+    return found
+
+
 def table_parts(path: Path | str) -> list[Path]:
     """The parquet files that make up a table, in order. Raises FileNotFoundError if there is none."""
     path = Path(path)
@@ -180,6 +198,10 @@ def _formats() -> tuple[str, ...]:
 
 def _too_large(where: str, size: str) -> str:
     return f"{where}: {size} pixels, more than the limit of {MAX_PIXELS // 1_000_000} million"
+
+
+def _corrupt(where: str, error: Exception) -> str:
+    return f"{where}: truncated or corrupt image: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:

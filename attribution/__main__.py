@@ -1,0 +1,234 @@
+"""Any picture's most influential gallery images, printed and as a page: python -m attribution IMAGE..."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from attribution.backbones import BackboneSettings, load_backbone
+from attribution.calibrator import Calibrator
+from attribution.features import FeatureSet, check_same_space
+from attribution.files import atomic_path
+from attribution.images import ImageError, decode_image, find_rows
+from attribution.mapper import Mapper
+from attribution.params import load_params, read_yaml
+from attribution.similarity import Attribution, attribute
+
+THUMBNAIL_PIXELS = 192
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
+section { border-top: 1px solid #ccc; padding: 1rem 0 }
+.row { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 12rem }
+img { width: 12rem; height: 12rem; object-fit: contain; background: #f3f3f3; image-rendering: auto }
+figcaption { overflow-wrap: anywhere; font-size: 13px }
+.bar { height: 6px; background: #c33 }
+"""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One gallery image's part in one picture; `influence` is its share of 1."""
+
+    rank: int
+    image_id: str
+    kind: str
+    score: float
+    influence: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The matches shown for one picture, and what is left for all others."""
+
+    name: str
+    matches: list[Match]
+    remainder: float
+    others: int
+    gallery: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 after a line on stderr for each picture, or for the one thing, that cannot be used."""
+    options = _parse(arguments)
+    thumbnails: dict[Path, str] = {}
+    status = 0
+    # First all pictures, for a mistyped path should not cost the seconds of loading a backbone.
+    for path in dict.fromkeys(options.images):
+        try:
+            thumbnails[path] = _embedded(decode_image(path))
+        except ImageError as error:
+            _complain(str(error))
+            status = 2
+    if not thumbnails:
+        return status
+    try:
+        page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
+    except (ValueError, OSError) as error:
+        _complain(str(error))
+        return 2
+    with atomic_path(options.page) as partial:
+        partial.write_text(page, encoding="utf-8")
+    print(f"page: {_printable(str(options.page))}")
+    return status
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m attribution", description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--backbone", help="a row of featurize.settings in params.yaml (default: its first backbone)"
+    )
+    parser.add_argument("--top", type=_positive, default=10, help="images to show for each (default: 10)")
+    parser.add_argument(
+        "--page", type=Path, default=Path("attribution.html"), help="default: attribution.html"
+    )
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> str:
+    """Prints the attributions of the pictures, and returns them as a page."""
+    params = root / "params.yaml"
+    name = name or read_yaml(params)["featurize"]["backbones"][0]
+    settings = load_params(BackboneSettings, f"featurize.settings.{name}", params)
+    data = root / "data"
+    paths = {
+        "distractors": data / "features" / name / "distractors",
+        "exemplars": data / "features" / name / "exemplars",
+        "mapper": data / "mappers" / name / "mapper.safetensors",
+        "calibrator": data / "calibrators" / f"{name}.json",
+        "distractor images": data / "world" / "distractors",
+        "exemplar images": data / "world" / "exemplars.parquet",
+    }
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: not made yet; run: make repro")
+    sets = [FeatureSet.open(paths[kind], backbone=name) for kind in ("distractors", "exemplars")]
+    mapper = Mapper.load(paths["mapper"], backbone=name, dim=sets[0].space.dim)
+    calibrator = Calibrator.load(paths["calibrator"])
+    backbone = load_backbone(name, settings, root=root)
+    for features in sets:
+        # Other weights or other preprocessing since the features were made: the scores would mean nothing.
+        check_same_space(features.path, backbone.space, features.space)
+    image_ids = np.concatenate([features.image_ids for features in sets])
+    gallery = np.concatenate([mapper.map_real(features.vectors()) for features in sets])
+    vectors = np.concatenate([backbone.encode([decode_image(path)]) for path in thumbnails])
+    found = attribute(mapper.map_synth(vectors), gallery, k=top, inv_tau=calibrator.inv_tau, b=calibrator.b)
+    answers = [
+        _answer(str(path), found, query, image_ids, distractors=len(sets[0]))
+        for query, path in enumerate(thumbnails)
+    ]
+    shown = sorted({match.image_id for answer in answers for match in answer.matches})
+    rows: dict[str, dict[str, Any]] = {}
+    for table in (paths["distractor images"], paths["exemplar images"]):
+        rows |= find_rows(table, shown, ("image", "caption"))
+    for answer in answers:
+        print(_as_text(answer, rows))
+    sections = [_as_html(*pair, rows) for pair in zip(answers, thumbnails.values(), strict=True)]
+    return _page(name, sections)
+
+
+def _answer(name: str, found: Attribution, query: int, image_ids: np.ndarray, *, distractors: int) -> Answer:
+    matches = [
+        Match(
+            rank,
+            str(image_ids[row]),
+            "distractor" if row < distractors else "exemplar",
+            float(score),
+            float(share),
+        )
+        for rank, (row, score, share) in enumerate(
+            zip(found.ids[query], found.scores[query], found.influence[query], strict=True), start=1
+        )
+        if row >= 0
+    ]
+    shown_support = sum(match.influence > 0 for match in matches)
+    others = int(found.support[query]) - shown_support
+    return Answer(name, matches, float(found.remainder[query]), others, len(image_ids))
+
+
+def _as_text(answer: Answer, rows: dict[str, dict[str, Any]]) -> str:
+    width = max(len(match.image_id) for match in answer.matches)
+    lines = [_printable(answer.name), f"  rank   score  influence  {'image':{width}}  of          caption"]
+    for match in answer.matches:
+        caption = _printable(rows.get(match.image_id, {}).get("caption") or "")
+        share, image_id = f"{match.influence:.2%}", _printable(match.image_id)
+        lines.append(
+            f"{match.rank:6} {match.score:7.4f} {share:>10}  {image_id:{width}}  {match.kind:10}  {caption}"
+        )
+    return "\n".join([*lines, f"  {_rest(answer)}"])
+
+
+def _rest(answer: Answer) -> str:
+    return (
+        f"remainder {answer.remainder:.2%}, the influence of {answer.others:,} other images "
+        f"in a gallery of {answer.gallery:,}"
+    )
+
+
+def _as_html(answer: Answer, thumbnail: str, rows: dict[str, dict[str, Any]]) -> str:
+    figures = [
+        f'<figure><img src="{thumbnail}" alt="the picture"><figcaption>the picture</figcaption></figure>'
+    ]
+    for match in answer.matches:
+        row = rows.get(match.image_id)
+        image = _embedded(decode_image(row["image"], name=match.image_id)) if row else ""
+        caption = _escaped((row or {}).get("caption") or "")
+        figures.append(
+            f'<figure><img src="{image}" alt="{caption}">'
+            f'<div class="bar" style="width: {match.influence:.2%}"></div>'
+            f"<figcaption>{match.rank}. <b>{match.influence:.2%}</b>, score {match.score:.4f}<br>"
+            f"{match.kind} {_escaped(match.image_id)}<br>{caption}</figcaption></figure>"
+        )
+    title, row_html = _escaped(answer.name), "\n".join(figures)
+    return f'<section><h2>{title}</h2>\n<div class="row">{row_html}</div>\n<p>{_rest(answer)}</p></section>'
+
+
+def _page(backbone: str, sections: list[str]) -> str:
+    title = f"Most influential images ({_escaped(backbone)})"
+    body = "\n".join(sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _embedded(image: Image.Image) -> str:
+    """The image, at most THUMBNAIL_PIXELS a side, as a data URI."""
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """The text on one line: file names may hold line breaks, terminal codes or bytes that are no text."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _complain(message: str) -> None:
+    print(f"attribution: {_printable(message)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
