@@ -1,0 +1,213 @@
+"""The customize stage: incremental per concept, resumable, and honest about what failed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from attribution.augmentation import AugmentationSettings
+from attribution.custom_diffusion import TrainingSettings
+from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
+from attribution.diffusion import BaseSettings, Sampler
+from attribution.files import read_json
+from attribution.images import write_image_table
+from stages import customize
+from stages.customize import RECORD, Params, Words, run
+from tests.tiny import save_tiny_pipeline
+
+PARAMS = Params(
+    seed=0,
+    concepts_per_batch=2,
+    views=4,
+    prior_images=2,
+    saved_dtype="float32",
+    object=Words("{token} {noun}", "a {noun}", "red"),
+    style=Words("a picture in the style of {token} art", "a picture", "art"),
+    training=TrainingSettings(2, 1e-3, 1e-2, 1e-2, 1, 1, 1.0),
+    augmentation=AugmentationSettings(0.5, 0.4, 0.3, 1.2, 1.4, 0.5, 0.6, ("far away",), ("close up",)),
+    prior_sampler=Sampler("ddim", 2, 2.0, 0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseSettings:
+    folder = save_tiny_pipeline(tmp_path_factory.mktemp("base"))
+    return BaseSettings(str(folder), None, "cpu", "float32")
+
+
+def picture(seed: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+        encoded, "PNG"
+    )
+    return encoded.getvalue()
+
+
+def write_exemplars(path: Path, concepts: dict[str, list[bytes]], *, stale: tuple[str, ...] = ()) -> Path:
+    """A style for each id that begins with s, else an object; those in `stale` are not fresh."""
+    rows = [
+        {
+            "image_id": f"{concept_id}-{i}",
+            "concept_id": concept_id,
+            "kind": "style" if concept_id[0] == "s" else "object",
+            "noun": "picture" if concept_id[0] == "s" else "car",
+            "split": "test" if concept_id[-1] == "t" else "train",
+            "seen": True,
+            "fresh": concept_id not in stale,
+            "image": image,
+        }
+        for concept_id, images in concepts.items()
+        for i, image in enumerate(images)
+    ]
+    write_image_table(path, pa.Table.from_pylist(rows))
+    return path
+
+
+CONCEPTS = {"o1": [picture(1)], "o2": [picture(2)], "s1": [picture(3), picture(4)]}
+
+
+@pytest.fixture
+def stage(tmp_path: Path, base: BaseSettings) -> Callable:
+    """Runs the stage over these concepts, always in the same folder."""
+
+    def run_over(concepts: dict[str, list[bytes]], **changes: object) -> customize.Summary:
+        exemplars = write_exemplars(tmp_path / "exemplars.parquet", concepts)
+        return run(replace(PARAMS, **changes), base, exemplars=exemplars, customized=tmp_path / "customized")  # type: ignore[arg-type]
+
+    return run_over
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_concept_becomes_a_delta_and_a_second_run_does_nothing(stage: Callable, tmp_path: Path) -> None:
+    assert str(stage(CONCEPTS)) == "customize: 3 done, 0 reused, 0 pruned, 0 failed"
+    made = contents(tmp_path / "customized")
+    for concept_id in CONCEPTS:
+        folder = tmp_path / "customized" / concept_id
+        assert {path.name for path in folder.iterdir()} == {WEIGHTS_FILE, TOKEN_FILE, RECORD}
+        record = read_json(folder / RECORD)
+        assert record["concept_id"] == concept_id
+        assert len(record["loss"]) == PARAMS.training.steps
+        assert all("<new1>" in prompt for prompt in record["prompts"])
+    assert read_json(tmp_path / "customized" / "s1" / RECORD)["prior_prompt"] == "a picture"
+    priors = [name for name in made if name.startswith("_prior")]
+    assert len(priors) == 2  # one for the noun, one for styles
+    assert str(stage(CONCEPTS)) == "customize: 0 done, 3 reused, 0 pruned, 0 failed"
+    assert contents(tmp_path / "customized") == made
+
+
+def test_one_more_costs_one_and_one_less_is_pruned(stage: Callable, tmp_path: Path) -> None:
+    stage(CONCEPTS)
+    before = contents(tmp_path / "customized" / "o2")
+    summary = stage({"o2": CONCEPTS["o2"], "o3": [picture(5)], "s1": CONCEPTS["s1"]})
+    assert (summary.done, summary.reused, summary.pruned) == (["o3"], ["o2", "s1"], ["o1"])
+    assert contents(tmp_path / "customized" / "o2") == before
+    assert not (tmp_path / "customized" / "o1").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"),
+    [
+        ({"concepts_per_batch": 3}, 0),
+        ({"seed": 1}, 3),
+        ({"training": replace(PARAMS.training, steps=3)}, 3),
+        ({"augmentation": replace(PARAMS.augmentation, flip_share=0.0)}, 3),
+    ],
+    ids=["batch", "seed", "steps", "augmentation"],
+)
+def test_what_changes_the_result_is_done_again(
+    stage: Callable, changes: dict[str, object], done: int
+) -> None:
+    stage(CONCEPTS)
+    assert len(stage(CONCEPTS, **changes).done) == done
+
+
+def test_another_exemplar_image_or_base_or_code_is_done_again(
+    stage: Callable, tmp_path: Path, base: BaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage(CONCEPTS)
+    assert stage({**CONCEPTS, "o2": [picture(6)]}).done == ["o2"]
+    stage(CONCEPTS)
+    other = replace(base, model=str(save_tiny_pipeline(tmp_path / "other", seed=1)))
+    options: dict[str, Any] = {
+        "exemplars": tmp_path / "exemplars.parquet",
+        "customized": tmp_path / "customized",
+    }
+    assert len(run(PARAMS, other, **options).done) == 3
+    code = tmp_path / "code.py"
+    code.write_text("x = 1\n")
+    monkeypatch.setattr(customize, "CODE", (str(code),))
+    assert len(run(PARAMS, base, **options).done) == 3
+    code.write_text('"""About x."""\nx = 1  # one\n')
+    assert run(PARAMS, base, **options).done == []
+    code.write_text("x = 2\n")
+    assert len(run(PARAMS, base, **options).done) == 3
+
+
+@pytest.mark.parametrize("stopped_at", ["train", "write"])
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
+    tmp_path: Path, base: BaseSettings, monkeypatch: pytest.MonkeyPatch, stopped_at: str
+) -> None:
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", {**CONCEPTS, "o3": [picture(7)]})
+    run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "undisturbed")
+    name = "train" if stopped_at == "train" else "write_json"
+    real, calls = getattr(customize, name), []
+
+    def stops(*arguments: object, **options: object) -> object:
+        calls.append(name)
+        # The second batch, or the second concept of it.
+        if len(calls) == (2 if name == "train" else 4):
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(customize, name, stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "stopped")
+    monkeypatch.setattr(customize, name, real)
+    summary = run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "stopped")
+    assert (summary.done, summary.reused) == (["o3", "s1"], ["o1", "o2"])
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+
+
+def test_a_bad_exemplar_fails_alone_and_is_named(stage: Callable, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"2 done, 0 reused, 0 pruned, 1 failed: o2: o2-0: not an image"):
+        stage({**CONCEPTS, "o2": [b"no picture"]})
+    assert (tmp_path / "customized" / "s1").is_dir()
+    assert not (tmp_path / "customized" / "o2").exists()
+
+
+def test_a_loss_that_is_not_finite_is_named(stage: Callable) -> None:
+    with pytest.raises(RuntimeError, match="o1: the loss is not finite; lower the learning rates"):
+        stage({"o1": CONCEPTS["o1"]}, training=replace(PARAMS.training, learning_rate=1e38))
+
+
+def test_exemplars_that_are_not_fresh_are_left_to_the_shipped_data(
+    tmp_path: Path, base: BaseSettings
+) -> None:
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", CONCEPTS, stale=("o2", "s1"))
+    options: dict[str, Any] = {"exemplars": exemplars, "customized": tmp_path / "customized"}
+    assert run(PARAMS, base, **options).done == ["o1"]
+    assert run(PARAMS, base, **options, fresh=False).done == ["o2", "s1"]
+
+
+def test_deltas_can_be_kept_in_half_precision(stage: Callable, tmp_path: Path) -> None:
+    stage({"o1": CONCEPTS["o1"]}, saved_dtype="float16")
+    stored = load_file(tmp_path / "customized" / "o1" / WEIGHTS_FILE)
+    assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.float16"}
+
+
+@pytest.mark.parametrize("words", [("{noun}", "a {noun}"), ("{token} {noun}", "a {token}")])
+def test_the_token_belongs_in_the_prompt_and_not_in_the_prior(words: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"wanted \{token\} in prompt and not in prior_prompt"):
+        Words(*words, "red")

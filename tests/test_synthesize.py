@@ -1,0 +1,276 @@
+"""The synthesize stage: seeds and prompts by concept, the queries table, and what is shipped."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from attribution.concepts import read_concepts
+from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
+from attribution.diffusion import BaseSettings, Sampler
+from attribution.images import decode_image, read_image_table
+from stages import customize, ship_synthesized, synthesize
+from stages.synthesize import Params, choose, read_prompts, run, write_queries
+from tests import test_customize
+from tests.test_customize import CONCEPTS, picture, write_exemplars
+from tests.tiny import save_tiny_pipeline
+
+PARAMS = Params(
+    seed=0,
+    prompts_per_kind=2,
+    samples_per_prompt=2,
+    images_per_batch=16,
+    webp_quality=95,
+    use_shipped=True,
+    sampler=Sampler("ddim", 2, 3.0, 1.0),
+)
+TEMPLATES = {
+    "object": {
+        "media": {
+            "train": [f"a {medium} of {{token}} {{noun}}" for medium in ("painting", "drawing", "sketch")],
+            "test": [f"a {medium} of the {{token}} {{noun}}" for medium in ("photo", "picture")],
+        },
+        "gpt": {
+            "train": [f"{{token}} {{noun}} in the {place}" for place in ("beach", "forest", "house")],
+            "test": [f"a {color} {{token}} {{noun}}" for color in ("red", "blue")],
+        },
+    },
+    "style": {
+        "object": {
+            "train": [f"a painting of {what} in the style of {{token}} art" for what in ("tree", "cat")],
+            "test": [f"a picture of {what} in the style of {{token}} art" for what in ("sun", "bird")],
+        },
+        "gpt": {
+            "train": [f"{what} in {{token}} style" for what in ("house", "forest")],
+            "test": [f"{what} with {{token}} art" for what in ("sun", "bird")],
+        },
+    },
+}
+ALL = {**CONCEPTS, "o3t": [picture(8)]}
+
+
+def write_templates(folder: Path, templates: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    for kind, content in templates.items():
+        (folder / f"{kind}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Customized models of four concepts, made once."""
+    root = tmp_path_factory.mktemp("world")
+    base = BaseSettings(str(save_tiny_pipeline(root / "base")), None, "cpu", "float32")
+    exemplars = write_exemplars(root / "exemplars.parquet", ALL)
+    customize.run(test_customize.PARAMS, base, exemplars=exemplars, customized=root / "customized")
+    prompts = write_templates(root / "prompts", TEMPLATES)
+    return SimpleNamespace(base=base, exemplars=exemplars, customized=root / "customized", prompts=prompts)
+
+
+def synthesize_in(folder: Path, world: SimpleNamespace, params: Params = PARAMS, **changes: Path) -> object:
+    paths = {
+        "exemplars": world.exemplars,
+        "customized": world.customized,
+        "prompts": world.prompts,
+        **changes,
+    }
+    return run(params, world.base, synthesized=folder, **paths)
+
+
+def test_every_concept_gets_its_images_and_a_second_run_draws_none(
+    tmp_path: Path, world: SimpleNamespace
+) -> None:
+    assert str(synthesize_in(tmp_path, world)) == "synthesize: 4 done, 0 reused, 0 pruned, 0 failed"
+    made = test_customize.contents(tmp_path)
+    assert sorted(made) == ["o1.parquet", "o2.parquet", "o3t.parquet", "s1.parquet"]
+    for concept_id in ALL:
+        rows = read_image_table(tmp_path / f"{concept_id}.parquet").to_pylist()
+        kinds = ("object", "gpt") if concept_id == "s1" else ("media", "gpt")
+        assert Counter(row["prompt_kind"] for row in rows) == dict.fromkeys(kinds, 4)
+        assert {row["prompt_split"] for row in rows} == {"test" if concept_id == "o3t" else "train"}
+        assert len({row["image_id"] for row in rows}) == len({row["seed"] for row in rows}) == 8
+        assert len({row["image"] for row in rows}) == 8
+        assert {decode_image(row["image"]).size for row in rows} == {(16, 16)}
+    assert str(synthesize_in(tmp_path, world)) == "synthesize: 0 done, 4 reused, 0 pruned, 0 failed"
+    assert test_customize.contents(tmp_path) == made
+
+
+def test_a_row_can_be_drawn_again_with_diffusers_alone(tmp_path: Path, world: SimpleNamespace) -> None:
+    synthesize_in(tmp_path, world)
+    row = read_image_table(tmp_path / "s1.parquet").to_pylist()[5]
+    pipe = StableDiffusionPipeline.from_pretrained(
+        world.base.model,
+        dtype=torch.float32,
+        safety_checker=None,
+        low_cpu_mem_usage=False,
+        local_files_only=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.load_attn_procs(world.customized / "s1", weight_name=WEIGHTS_FILE, _pipeline=pipe)
+    pipe.load_textual_inversion(world.customized / "s1", weight_name=TOKEN_FILE)
+    drawn = pipe(
+        row["prompt"],
+        num_inference_steps=PARAMS.sampler.steps,
+        guidance_scale=PARAMS.sampler.guidance,
+        eta=PARAMS.sampler.eta,
+        generator=torch.Generator().manual_seed(row["seed"]),
+    ).images[0]
+    encoded = io.BytesIO()
+    drawn.save(encoded, "WEBP", quality=PARAMS.webp_quality)
+    theirs, ours = (
+        np.asarray(decode_image(data), dtype=float) for data in (encoded.getvalue(), row["image"])
+    )
+    assert np.abs(theirs - ours).mean() < 1
+    assert ours.std() > 5
+
+
+def test_adding_a_concept_changes_no_other_image(tmp_path: Path, world: SimpleNamespace) -> None:
+    few = write_exemplars(tmp_path / "few.parquet", {name: ALL[name] for name in ("o1", "s1")})
+    synthesize_in(tmp_path / "images", world, exemplars=few)
+    before = test_customize.contents(tmp_path / "images")
+    summary = synthesize_in(tmp_path / "images", world)
+    assert (summary.done, summary.reused) == (["o2", "o3t"], ["o1", "s1"])  # type: ignore[attr-defined]
+    after = test_customize.contents(tmp_path / "images")
+    assert {name: after[name] for name in before} == before
+    assert synthesize_in(tmp_path / "images", world, exemplars=few).pruned == ["o2.parquet", "o3t.parquet"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"),
+    [({"images_per_batch": 3}, 0), ({"seed": 1}, 4), ({"sampler": replace(PARAMS.sampler, guidance=1.0)}, 4)],
+    ids=["batch", "seed", "guidance"],
+)
+def test_what_changes_an_image_draws_it_again(
+    tmp_path: Path, world: SimpleNamespace, changes: dict[str, object], done: int
+) -> None:
+    synthesize_in(tmp_path, world)
+    assert len(synthesize_in(tmp_path, world, replace(PARAMS, **changes)).done) == done  # type: ignore[arg-type, attr-defined]
+
+
+def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
+    with pytest.raises(FileNotFoundError, match=r"o1/.*: no such file; run: dvc repro customize"):
+        synthesize_in(tmp_path / "images", world, customized=tmp_path)
+
+
+def test_seeds_and_prompts_belong_to_the_concept(world: SimpleNamespace) -> None:
+    concepts = {concept.concept_id: concept for concept in read_concepts(world.exemplars)}
+    prompts = read_prompts(world.prompts)
+    more = replace(PARAMS, samples_per_prompt=3)
+    few, many = choose(PARAMS, concepts["o1"], prompts), choose(more, concepts["o1"], prompts)
+    assert set(few) < set(many)
+    assert not {one.seed for one in few} & {one.seed for one in choose(PARAMS, concepts["o2"], prompts)}
+    assert "car" in few[0].prompt
+
+
+def test_too_few_prompts_are_named(world: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompts for object, media, test: 2, wanted 3; write more or lower"):
+        synthesize_in(tmp_path, world, replace(PARAMS, prompts_per_kind=3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("media", None, r"object.yaml: wanted the prompt kinds media, gpt, got"),
+        ("media", {"train": []}, r"object.yaml: media: wanted the lists train and test"),
+        ("gpt", {"train": ["a {noun}"], "test": []}, r"gpt: 'a \{noun\}': wanted \{token\} in it"),
+        (
+            "gpt",
+            {"train": ["{token}"], "test": ["{token}"]},
+            r"gpt: '\{token\}' is both a train and a test prompt",
+        ),
+        ("gpt", {"train": ["{token}", "{token}"], "test": []}, r"gpt: a prompt is listed twice"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, kind: str, change: dict | None, message: str) -> None:
+    content = {**TEMPLATES["object"], kind: change}
+    if change is None:
+        del content[kind]
+    with pytest.raises(ValueError, match=message):
+        read_prompts(write_templates(tmp_path, {**TEMPLATES, "object": content}))
+
+
+@pytest.fixture(scope="module")
+def shipped(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same concepts, two of which are shipped."""
+    root = tmp_path_factory.mktemp("shipped")
+    exemplars = write_exemplars(root / "exemplars.parquet", ALL, stale=("o2", "s1"))
+    options = {"prompts": world.prompts, "exemplars": exemplars, "work": root / "work"}
+    summaries = ship_synthesized.run(
+        test_customize.PARAMS, PARAMS, world.base, shipped=root / "synthesized.parquet", **options
+    )
+    assert [summary.done for summary in summaries] == [["o2", "s1"], ["o2", "s1"]]
+    again = ship_synthesized.run(
+        test_customize.PARAMS, PARAMS, world.base, shipped=root / "again.parquet", **options
+    )
+    assert [summary.done for summary in again] == [[], []]
+    assert (root / "again.parquet").read_bytes() == (root / "synthesized.parquet").read_bytes()
+    return SimpleNamespace(exemplars=exemplars, path=root / "synthesized.parquet")
+
+
+def test_queries_join_fresh_and_shipped(
+    tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
+) -> None:
+    synthesize_in(tmp_path / "images", world, exemplars=shipped.exemplars)
+    line = write_queries(
+        tmp_path / "queries.parquet",
+        world.base,
+        exemplars=shipped.exemplars,
+        synthesized=tmp_path / "images",
+        shipped=shipped.path,
+    )
+    assert line == "queries: 16 fresh, 16 shipped, 0 shipped left out"
+    table = pq.read_table(tmp_path / "queries.parquet")
+    assert table.column_names == [
+        *("image_id", "concept_id", "prompt_kind", "prompt", "prompt_split", "seed"),
+        *("kind", "noun", "split", "seen", "source"),
+    ]
+    rows = table.to_pylist()
+    assert {(row["concept_id"], row["source"]) for row in rows} == {
+        *(("o1", "fresh"), ("o3t", "fresh"), ("o2", "shipped"), ("s1", "shipped"))
+    }
+    assert {row["kind"] for row in rows if row["concept_id"] == "s1"} == {"style"}
+    assert {row["split"] for row in rows if row["concept_id"] == "o3t"} == {"test"}
+    assert len({row["image_id"] for row in rows}) == 32
+
+
+def test_shipped_rows_of_fresh_concepts_are_left_out(
+    tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
+) -> None:
+    fresh = write_exemplars(tmp_path / "exemplars.parquet", {name: ALL[name] for name in ("o1", "o2")})
+    synthesize_in(tmp_path / "images", world, exemplars=fresh)
+    options = {"exemplars": fresh, "synthesized": tmp_path / "images"}
+    path = tmp_path / "queries.parquet"
+    line = write_queries(path, world.base, shipped=shipped.path, **options)
+    assert line == "queries: 16 fresh, 0 shipped, 16 shipped left out"
+    assert write_queries(path, world.base, shipped=None, **options).endswith("0 shipped, 0 shipped left out")
+
+
+def test_shipped_images_of_another_base_or_other_exemplars_are_refused(
+    tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
+) -> None:
+    other = replace(world.base, model=str(save_tiny_pipeline(tmp_path / "other", seed=1)))
+    options = {"synthesized": tmp_path / "images", "shipped": shipped.path}
+    again = r"run: python -m stages.ship_synthesized"
+    with pytest.raises(ValueError, match=rf"drawn by another base model than .*; {again}"):
+        write_queries(tmp_path / "queries.parquet", other, exemplars=shipped.exemplars, **options)
+    changed = write_exemplars(tmp_path / "exemplars.parquet", {"s1": [picture(1)]}, stale=("s1",))
+    with pytest.raises(ValueError, match=f"s1 has other exemplars now; {again}"):
+        write_queries(tmp_path / "queries.parquet", world.base, exemplars=changed, **options)
+
+
+def test_pictures_are_webp(tmp_path: Path, world: SimpleNamespace) -> None:
+    synthesize_in(tmp_path, world)
+    data = read_image_table(tmp_path / "o1.parquet")["image"][0].as_py()
+    assert Image.open(io.BytesIO(data)).format == "WEBP"
+    assert pq.read_schema(tmp_path / "o1.parquet").metadata.keys() == {synthesize.KEY}
