@@ -30,8 +30,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow warns at 90 megapixels; the limit here is lower and is an error.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large images, for which the limit here is lower and an error, and of damaged EXIF.
+for _category in (Image.DecompressionBombWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 class ImageError(ValueError):
