@@ -1,0 +1,82 @@
+"""A page of test queries with their best matches, drawn with the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as pads
+from PIL import Image
+
+from attribution.images import decode_image
+from attribution.plots import Match, PageRow, draw_page
+from attribution.queries import Exemplars, Queries
+from attribution.similarity import Attribution
+
+BEST = 5
+
+
+def write_page(
+    path: Path,
+    queries: Queries,
+    exemplars: Exemplars,
+    gallery_ids: np.ndarray,
+    attribution: Attribution,
+    picture_paths: Sequence[Path],
+    *,
+    rows: int,
+) -> None:
+    """The PNG shows `rows` queries of models spread over both kinds, with their five best matches."""
+    chosen = choose_queries(queries, rows)
+    best = min(BEST, attribution.ids.shape[1], len(gallery_ids))
+    matches = attribution.ids[chosen, :best]
+    own_ids = exemplars.image_ids[queries.own[chosen, 0]]
+    wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *gallery_ids[matches].ravel().tolist()}
+    pictures = read_pictures(picture_paths, wanted)
+    draw_page(
+        path,
+        [
+            PageRow(
+                query=pictures[queries.image_ids[query]],
+                exemplar=pictures[own_id],
+                caption=f"{queries.kinds[query]}, remainder {attribution.remainder[query]:.0%}",
+                matches=[
+                    Match(
+                        picture=pictures[gallery_ids[item]],
+                        score=float(attribution.scores[query, place]),
+                        influence=float(attribution.influence[query, place]),
+                        own=bool(item in queries.own[query]),
+                    )
+                    for place, item in enumerate(items)
+                ],
+            )
+            for query, own_id, items in zip(chosen, own_ids, matches, strict=True)
+        ],
+    )
+
+
+def choose_queries(queries: Queries, count: int) -> np.ndarray:
+    """The first query of customized models evenly spread over each kind, without a look at the results."""
+    chosen: list[int] = []
+    kinds = np.unique(queries.kinds)
+    for kind in kinds:
+        rows = np.flatnonzero(queries.kinds == kind)
+        _, first = np.unique(queries.concept_ids[rows], return_index=True)
+        share = min(len(first), max(1, count // len(kinds)))
+        chosen += rows[first[np.linspace(0, len(first) - 1, share).astype(int)]].tolist()
+    return np.array(chosen)
+
+
+def read_pictures(paths: Sequence[Path], image_ids: Collection[str]) -> dict[str, Image.Image]:
+    """These images out of image tables (files or folders). Raises ValueError naming one that is not there."""
+    files = [file for path in paths for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    table = pads.dataset([str(file) for file in files], format="parquet").to_table(
+        columns=["image_id", "image"], filter=pads.field("image_id").isin(sorted(image_ids))
+    )
+    encoded = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    missing = sorted(set(image_ids) - set(encoded))
+    if missing:
+        where = ", ".join(map(str, paths))
+        raise ValueError(f"{where}: no picture {missing[0]} ({len(missing)} of {len(image_ids)} missing)")
+    return {image_id: decode_image(data, name=image_id) for image_id, data in encoded.items()}
