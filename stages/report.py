@@ -1,0 +1,110 @@
+"""Rewrites the result table in README.md, between its markers, from metrics/*.json.
+
+In:   metrics/<backbone>.json, README.md
+Out:  README.md
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attribution.files import atomic_path, read_json
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
+TITLES = {"object": "Objects", "style": "Styles"}
+
+
+def render_tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table per kind: one row per backbone, best mapped recall first, weightless controls last."""
+    return "\n\n".join(
+        _table(kind, [result for result in results if kind in result])
+        for kind in TITLES
+        if any(kind in result for result in results)
+    )
+
+
+def read_results(metrics_dir: Path) -> list[dict[str, Any]]:
+    """All results of backbones in the folder; other metrics are passed over."""
+    found = [read_json(path) for path in sorted(metrics_dir.glob("*.json"))]
+    return [metrics for metrics in found if isinstance(metrics, dict) and "backbone" in metrics]
+
+
+def rewrite(readme: str, block: str) -> str:
+    """The text with `block` between the markers. Raises ValueError when they are not there once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README: wanted one line {BEGIN} and after it one line {END}")
+    return f"{readme[: readme.index(BEGIN)]}{BEGIN}\n{block}\n{readme[readme.index(END) :]}"
+
+
+def between_markers(readme: str) -> str:
+    """What stands between the markers."""
+    return readme[readme.index(BEGIN) + len(BEGIN) : readme.index(END)].strip("\n")
+
+
+def _table(kind: str, results: Sequence[Mapping[str, Any]]) -> str:
+    first = results[0]
+    cell, gallery = first[kind]["all"], first["gallery"]
+    lines = [
+        f"**{TITLES[kind]}**: {cell['queries']:,} queries of {cell['customized_models']} customized models, "
+        f"{gallery['distractors']:,} distractors. Recall@10: "
+        f"ceiling {_number(cell['ceiling']['recall_at_10'])}, chance {cell['chance']['recall_at_10']:.4f}.",
+        "",
+        "| backbone | Recall@10 raw | mapped | mapped - raw | whitening | permuted | mapped, hard gallery | "
+        "mAP raw | mAP mapped |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in sorted(results, key=lambda result: _order(result, kind)):
+        cell, hard = result[kind]["all"], result["hard_gallery"][kind]["all"]
+        columns = [
+            result["backbone"] + (" (control)" if result["backbone"] in NO_WEIGHTS else ""),
+            _with_interval(cell["raw"], "recall_at_10"),
+            _with_interval(cell["mapped"], "recall_at_10"),
+            _with_interval(cell["mapped_minus_raw"], "recall_at_10", sign=True),
+            _with_interval(cell["whitening"], "recall_at_10"),
+            _with_interval(cell["permuted"], "recall_at_10"),
+            _with_interval(hard["mapped"], "recall_at_10"),
+            _with_interval(cell["raw"], "mean_average_precision"),
+            _with_interval(cell["mapped"], "mean_average_precision"),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _order(result: Mapping[str, Any], kind: str) -> tuple[bool, float, str]:
+    return (
+        result["backbone"] in NO_WEIGHTS,
+        -result[kind]["all"]["mapped"]["recall_at_10"],
+        result["backbone"],
+    )
+
+
+def _with_interval(table: Mapping[str, Any], name: str, *, sign: bool = False) -> str:
+    interval = table[f"{name}_interval"]
+    bounds = " to ".join(_number(end, sign) for end in interval) if interval else "no interval"
+    return f"{_number(table[name], sign)} ({bounds})"
+
+
+def _number(value: float, sign: bool = False) -> str:
+    return f"{value:+.3f}" if sign else f"{value:.3f}"
+
+
+def main() -> None:
+    path = Path("README.md")
+    tables = render_tables(read_results(Path("metrics")))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    note = (
+        f"Means with 95 % intervals, resampled by customized model; made at commit {commit} by `make repro`."
+    )
+    text = rewrite(path.read_text(encoding="utf-8"), f"{tables}\n\n{note}")
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
