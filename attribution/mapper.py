@@ -82,7 +82,7 @@ class Mapper:
         return self._map(self.synth, features)
 
     def save(self, path: Path | str) -> None:
-        """The safetensors file holds both heads, with kind and config in its metadata; always the same bytes."""
+        """The safetensors file holds both heads, and kind and config in its metadata: equal if they are."""
         tensors = {
             f"{side}.{name}": np.ascontiguousarray(tensor, dtype=np.float32)
             for side, head in (("real", self.real), ("synth", self.synth))
