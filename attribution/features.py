@@ -83,7 +83,7 @@ class FeatureSet:
         try:
             space = Space(**{field.name: record[field.name] for field in dataclasses.fields(Space)})
             written, count, finite = record["shards"], record["rows"], record["finite"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}/space.json: not the record of a feature set: {error!r}; {do}"
             ) from error

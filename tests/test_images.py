@@ -127,7 +127,7 @@ def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
     np.testing.assert_array_equal(pixels(data), np.full((4, 6, 3), (255, 0, 0)))
 
 
@@ -147,7 +147,11 @@ def test_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    all_options: dict[str, dict[str, object]] = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }
+    options = all_options.get(kind, {})
     data = encode(np.ascontiguousarray(stored), kind, exif=exif, **options)
     np.testing.assert_allclose(pixels(data), PICTURE, atol=40 if kind == "JPEG" else 0)
 
