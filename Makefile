@@ -2,6 +2,9 @@
 # install outside a venv).
 .PHONY: repro test lint
 
+# Many containers set this. Thirty processes would then each compile PyTorch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 
 repro: $(UV)
