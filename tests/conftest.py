@@ -9,8 +9,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 
-jaxtyping.install_import_hook(["attribution", "stages", "miniworld"], "beartype.beartype")
+# An int will do for a float, as in the type checker's eyes.
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
+jaxtyping.install_import_hook(["attribution", "stages", "miniworld"], "tests.conftest.check_types")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
