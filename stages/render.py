@@ -1,0 +1,107 @@
+"""Render the mini world: the exemplars of every concept, and the distractors.
+
+In:   nothing but parameters. Out: data/world/exemplars.parquet and data/world/distractors/part-*.parquet.
+Cost: about 3 CPU ms a picture.
+
+Distractors are the first pictures of the corpus that the base model was trained on. Exemplars come from
+another stream of the same generator: no exemplar instance occurs in the corpus.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+from tqdm import tqdm
+
+from attribution.files import atomic_path, sha256_bytes
+from attribution.images import write_image_table
+from attribution.params import load_params
+from miniworld.captions import full_caption
+from miniworld.concepts import Counts, draw_concepts
+from miniworld.corpus import corpus_captions, corpus_pictures
+from miniworld.draw import render
+
+
+@dataclass(frozen=True)
+class Params:
+    """`render` in params.yaml. The seed is the corpus's: distractors are what the base model saw."""
+
+    seed: int
+    objects: Counts
+    styles: Counts
+    fresh_every: int
+    distractors: int
+    distractors_per_part: int
+    workers: int
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def exemplar_table(params: Params) -> pa.Table:
+    """One row per exemplar image."""
+    rows = []
+    for concept in draw_concepts(params.seed, params.objects, params.styles, fresh_every=params.fresh_every):
+        for scene in concept.scenes:
+            image = _png(render(scene))
+            rows.append(
+                {
+                    "image_id": sha256_bytes(image)[:16],
+                    "concept_id": concept.concept_id,
+                    "kind": concept.kind,
+                    "noun": concept.noun,
+                    "group": concept.group,
+                    "split": concept.split,
+                    "seen": concept.seen,
+                    "fresh": concept.fresh,
+                    "caption": full_caption(scene),
+                    "image": image,
+                }
+            )
+    return pa.Table.from_pylist(rows)
+
+
+def distractor_tables(params: Params) -> Iterator[pa.Table]:
+    """The distractors in parts of `distractors_per_part` rows."""
+    pictures = corpus_pictures(
+        params.seed, range(params.distractors), workers=params.workers
+    )
+    rows: list[dict[str, object]] = []
+    for index, picture in enumerate(
+        tqdm(pictures, total=params.distractors, desc="distractors", disable=None)
+    ):
+        image = _png(Image.fromarray(picture))
+        caption = corpus_captions(params.seed, index, 1)[0]
+        rows.append({"image_id": sha256_bytes(image)[:16], "caption": caption, "image": image})
+        if len(rows) == params.distractors_per_part or index + 1 == params.distractors:
+            yield pa.Table.from_pylist(rows)
+            rows = []
+
+
+def run(params: Params, *, exemplars: Path, distractors: Path) -> None:
+    """Writes both image tables, each whole or not at all."""
+    write_image_table(exemplars, exemplar_table(params))
+    with atomic_path(distractors) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, table in enumerate(distractor_tables(params)):
+            write_image_table(folder / f"part-{part:05d}.parquet", table)
+
+
+def main() -> None:
+    """`python -m stages.render`."""
+    world = Path("data/world")
+    run(
+        load_params(Params, "render"),
+        exemplars=world / "exemplars.parquet",
+        distractors=world / "distractors",
+    )
+
+
+if __name__ == "__main__":
+    main()
