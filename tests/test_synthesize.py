@@ -264,9 +264,31 @@ def test_shipped_images_of_another_base_or_other_exemplars_are_refused(
     again = r"run: python -m stages.ship_synthesized"
     with pytest.raises(ValueError, match=rf"drawn by another base model than .*; {again}"):
         write_queries(tmp_path / "queries.parquet", other, exemplars=shipped.exemplars, **options)
-    changed = write_exemplars(tmp_path / "exemplars.parquet", {"s1": [picture(1)]}, stale=("s1",))
-    with pytest.raises(ValueError, match=f"s1 has other exemplars now; {again}"):
-        write_queries(tmp_path / "queries.parquet", world.base, exemplars=changed, **options)
+    for pictures in ([picture(3)], [picture(3), picture(9)]):
+        changed = write_exemplars(tmp_path / "exemplars.parquet", {"s1": pictures}, stale=("s1",))
+        with pytest.raises(ValueError, match=f"s1 is another concept, or looks different, now; {again}"):
+            write_queries(tmp_path / "queries.parquet", world.base, exemplars=changed, **options)
+
+
+def test_shipped_images_outlive_another_encoder_of_the_exemplars(
+    tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
+) -> None:
+    def encoded_anew(data: bytes) -> bytes:
+        encoded = io.BytesIO()
+        decode_image(data).save(encoded, "PNG", compress_level=0)
+        return encoded.getvalue()
+
+    concepts = {name: [encoded_anew(data) for data in images] for name, images in ALL.items()}
+    assert concepts["s1"] != ALL["s1"]
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", concepts, stale=("o2", "s1"))
+    line = write_queries(
+        tmp_path / "queries.parquet",
+        world.base,
+        exemplars=exemplars,
+        synthesized=tmp_path / "images",
+        shipped=shipped.path,
+    )
+    assert line == "queries: 0 fresh, 16 shipped, 0 shipped left out"
 
 
 def test_pictures_are_webp(tmp_path: Path, world: SimpleNamespace) -> None:
