@@ -1,0 +1,266 @@
+"""stages.featurize: three sets of one space, whatever interrupts the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from attribution.backbones import Backbone, BackboneSettings, load_backbone
+from attribution.features import FeatureSet
+from attribution.files import sha256_bytes, sha256_file
+from attribution.images import ImageError, decode_image, write_image_table
+from stages.featurize import Params, decode_ahead, grouped, main, read_encoded, run
+
+SETTINGS = BackboneSettings("pixels", None, None, 4, "float32", 3)
+PARAMS = Params(("pixels",), 4, {"pixels": SETTINGS})
+EXEMPLARS = [f"e{row}" for row in range(9)]
+DISTRACTORS = [f"d{row}" for row in range(11)]
+SETS = ("exemplars", "queries", "distractors")
+
+
+def encoded(image_id: str, kind: str = "PNG") -> bytes:
+    seed = list(image_id.encode())
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def write_table(path: Path, image_ids: list[str], kind: str = "PNG") -> None:
+    images = pa.array([encoded(image_id, kind) for image_id in image_ids], pa.binary())
+    write_image_table(path, pa.table({"image_id": image_ids, "image": images}))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """9 exemplars, 7 queries (3 shipped, 4 fresh), 11 distractors; and images that nobody asks for."""
+    data = tmp_path / "data"
+    write_table(data / "world" / "exemplars.parquet", EXEMPLARS)
+    write_table(data / "world" / "distractors" / "part-00000.parquet", DISTRACTORS[:6])
+    write_table(data / "world" / "distractors" / "part-00001.parquet", DISTRACTORS[6:])
+    write_table(data / "shipped" / "synthesized.parquet", ["s0", "s1", "unasked", "s2"], "WEBP")
+    write_table(data / "synthesized" / "cat.parquet", ["cat-0", "cat-1"], "WEBP")
+    write_table(data / "synthesized" / "ant.parquet", ["ant-0", "unasked", "ant-1"], "WEBP")
+    write_table(data / "synthesized" / "stale.parquet", ["stale-0"], "WEBP")
+    write_queries(data, ["cat-1", "ant-0", "ant-1", "cat-0"])
+    return data
+
+
+def write_queries(data: Path, fresh: list[str]) -> None:
+    rows = [("s1", "owl", "shipped"), *((name, name[:3], "fresh") for name in fresh)]
+    rows += [("s0", "elk", "shipped"), ("s2", "owl", "shipped")]
+    columns = dict(zip(("image_id", "concept_id", "source"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns), data / "queries.parquet")
+
+
+def featurize(data: Path, params: Params = PARAMS, backbone: str = "pixels", **changes: Any) -> str:
+    paths = {
+        "exemplars": data / "world" / "exemplars.parquet",
+        "distractors": data / "world" / "distractors",
+        "queries": data / "queries.parquet",
+        "synthesized": data / "synthesized",
+        "shipped": data / "shipped" / "synthesized.parquet",
+        "features": data / "features",
+        "shards": data / "features" / ".shards",
+        "root": data.parent,
+    }
+    return run(params, backbone, **{**paths, **changes})
+
+
+def digests(data: Path) -> dict[str, str]:
+    folder = data / "features" / "pixels"
+    return {str(file.relative_to(folder)): sha256_file(file) for file in folder.rglob("*") if file.is_file()}
+
+
+def reused(line: str) -> int:
+    match = re.search(r"\((\d+) from finished shards\)", line)
+    assert match, line
+    return int(match[1])
+
+
+def test_three_sets_hold_every_image_once(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = featurize(data)
+    assert re.fullmatch(
+        r"featurize pixels: 27 images \(0 from finished shards\) in \d+\.\d s, \d+ images/s", line
+    )
+    sets = {
+        name: FeatureSet.open(data / "features" / "pixels" / name, backbone="pixels", verify=True)
+        for name in SETS
+    }
+    assert sets["exemplars"].image_ids.tolist() == EXEMPLARS
+    assert sets["distractors"].image_ids.tolist() == DISTRACTORS
+    assert sets["queries"].image_ids.tolist() == ["s0", "s1", "s2", "ant-0", "ant-1", "cat-0", "cat-1"]
+    assert len({one.space for one in sets.values()}) == 1
+    backbone = load_backbone("pixels", SETTINGS, root=data)
+    for name, one in sets.items():
+        kind = "WEBP" if name == "queries" else "PNG"
+        files = [encoded(image_id, kind) for image_id in one.image_ids]
+        np.testing.assert_array_equal(one.vectors(), backbone.encode([decode_image(file) for file in files]))
+        assert one.rows["sha256"].to_pylist() == [sha256_bytes(file) for file in files]
+    assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
+
+
+def test_shards_do_not_mix_tables_or_exceed_their_rows(data: Path) -> None:
+    featurize(data)
+    lengths = {
+        name: [len(shard) for shard in FeatureSet.open(data / "features" / "pixels" / name).shards]
+        for name in SETS
+    }
+    assert lengths == {"exemplars": [4, 4, 1], "queries": [4, 3], "distractors": [4, 4, 3]}
+
+
+# Shards of 4 take two batches, of 3 and 1 images; the last ones of exemplars and queries take one.
+@pytest.mark.parametrize(("fail_at", "finished"), [(1, 0), (2, 0), (3, 4), (8, 13)])
+def test_a_run_that_broke_off_goes_on_and_ends_the_same(
+    data: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int, finished: int
+) -> None:
+    featurize(data)
+    undisturbed = digests(data)
+    for folder in ("pixels", ".shards"):
+        (data / "features" / folder).rename(data / f"first {folder}")
+    encode, calls = Backbone.encode, iter(range(1, 100))
+
+    def encode_until(self: Backbone, images: list[Image.Image]) -> np.ndarray:
+        if next(calls) == fail_at:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    monkeypatch.setattr(Backbone, "encode", encode_until)
+    with pytest.raises(KeyboardInterrupt):
+        featurize(data)
+    monkeypatch.undo()
+    assert reused(featurize(data)) == finished
+    assert digests(data) == undisturbed
+
+
+def test_killed_at_any_moment_it_resumes(data: Path) -> None:
+    """SIGKILL, so that nothing can tidy up; the shards finished by then are not made again."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom attribution.backbones import Backbone\n"
+        "encode = Backbone.encode\n"
+        "def slow(self, images):\n    time.sleep(0.2)\n    return encode(self, images)\n"
+        "Backbone.encode = slow\n"
+        "from tests.test_featurize import featurize\n"
+        "featurize(Path(sys.argv[1]))\n"
+    )
+    shards = data / "features" / ".shards" / "pixels"
+    with subprocess.Popen([sys.executable, "-c", code, str(data)]) as process:
+        deadline = time.monotonic() + 60
+        while len(list(shards.glob("[!.]*.npy"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    line = featurize(data)
+    assert 8 <= reused(line) < 27
+    resumed = digests(data)
+    assert reused(featurize(data, shards=data / "other")) == 0
+    assert digests(data) == resumed
+    assert not list((data / "features").rglob(".partial-*"))
+
+
+def test_one_more_exemplar_costs_one_shard_and_old_shards_go(data: Path) -> None:
+    featurize(data)
+    write_table(data / "world" / "exemplars.parquet", [*EXEMPLARS, "e-new"])
+    line = featurize(data)
+    assert reused(line) == 28 - 2  # the last shard held one exemplar and now holds two
+    assert len(list((data / "features" / ".shards" / "pixels").iterdir())) == 8
+    assert FeatureSet.open(data / "features" / "pixels" / "exemplars").image_ids.tolist()[-1] == "e-new"
+
+
+def test_another_space_shares_nothing(data: Path) -> None:
+    featurize(data)
+    other = Params(("pixels",), 4, {"pixels": BackboneSettings("pixels", None, None, 4, "float16", 3)})
+    assert reused(featurize(data, other)) == 0
+    assert {shard.dtype for shard in FeatureSet.open(data / "features" / "pixels" / "queries").shards} == {
+        np.dtype("float16")
+    }
+
+
+def test_the_store_may_be_deleted(data: Path) -> None:
+    featurize(data)
+    for file in (data / "features" / ".shards" / "pixels").iterdir():
+        file.unlink()
+    FeatureSet.open(data / "features" / "pixels" / "queries", verify=True)
+
+
+def test_a_net_is_featurized_as_pixels_are(data: Path) -> None:
+    settings = BackboneSettings("timm", "test_vit", None, 160, "float16", 8)
+    params = Params(("untrained",), 100, {"untrained": settings})
+    featurize(data, params, "untrained")
+    opened = FeatureSet.open(data / "features" / "untrained" / "exemplars", backbone="untrained", verify=True)
+    backbone = load_backbone("untrained", settings, root=data)
+    wanted = backbone.encode([decode_image(encoded(name)) for name in EXEMPLARS])
+    np.testing.assert_allclose(opened.vectors(), wanted, atol=2e-2)
+    assert opened.space == backbone.space
+
+
+def test_an_image_that_cannot_be_read_is_named_and_no_set_is_left_half(data: Path) -> None:
+    rows = pa.table({"image_id": ["e0", "bad"], "image": [encoded("e0"), encoded("bad")[:90]]})
+    write_image_table(data / "world" / "exemplars.parquet", rows)
+    with pytest.raises(ImageError, match="image bad: truncated or corrupt"):
+        featurize(data)
+    assert not (data / "features" / "pixels").exists()
+
+
+def test_a_query_without_its_image_is_named(data: Path) -> None:
+    write_queries(data, ["cat-0", "cat-7", "ant-0"])
+    with pytest.raises(
+        ValueError, match=r"query cat-7 is not in .*cat\.parquet \(1 such\); run: dvc repro synth"
+    ):
+        featurize(data)
+    write_queries(data, ["elk-0"])
+    with pytest.raises(FileNotFoundError, match=r"elk\.parquet: no such image table"):
+        featurize(data)
+
+
+def test_an_id_twice_is_refused(data: Path) -> None:
+    write_table(data / "world" / "distractors" / "part-00001.parquet", ["d0"])
+    with pytest.raises(ValueError, match="distractors: image_id d0 more than once"):
+        featurize(data)
+
+
+def test_parameters_are_checked() -> None:
+    with pytest.raises(ValueError, match="no settings for backbone clip; there are: pixels"):
+        Params(("pixels", "clip"), 4, {"pixels": SETTINGS})
+    with pytest.raises(ValueError, match="shard_rows 0: wanted 1 or more"):
+        Params(("pixels",), 0, {"pixels": SETTINGS})
+    with pytest.raises(ValueError, match="no settings for backbone gone"):
+        PARAMS.settings_of("gone")
+
+
+def test_the_command_takes_its_backbone_and_says_its_rate(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = {"backbones": ["pixels"], "shard_rows": 5, "settings": {"pixels": dataclasses.asdict(SETTINGS)}}
+    (data.parent / "params.yaml").write_text(yaml.safe_dump({"featurize": params}))
+    monkeypatch.chdir(data.parent)
+    monkeypatch.setattr(sys, "argv", ["featurize", "pixels"])
+    main()
+    assert capsys.readouterr().out.startswith("featurize pixels: 27 images")
+    assert FeatureSet.open(Path("data/features/pixels/queries")).select(["s2"]).shape == (1, 48)
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 20])
+def test_groups_and_decoded_batches_keep_every_image_in_order(data: Path, size: int) -> None:
+    images = list(read_encoded(data / "world" / "exemplars.parquet"))
+    groups = list(grouped(images, size))
+    assert [image for group in groups for image in group] == images
+    assert all(len(group) == size for group in groups[:-1])
+    batches = list(decode_ahead(images, size))
+    assert [len(batch) for batch in batches] == [len(group) for group in groups]
+    seen = [image.tobytes() for batch in batches for image in batch]
+    assert seen == [decode_image(encoded(image_id)).tobytes() for image_id in EXEMPLARS]
