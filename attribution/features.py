@@ -50,7 +50,8 @@ def check_same_space(where: Path | str, wanted: Space, got: Space) -> None:
     )
     differing = [f"{name}: wanted {a!r}, got {b!r}" for name, a, b in pairs if a != b]
     if differing:
-        raise ValueError(f"{where}: another feature space ({'; '.join(differing)})")
+        do = f"run: dvc repro featurize@{wanted.backbone}"
+        raise ValueError(f"{where}: another feature space ({'; '.join(differing)}); {do}")
 
 
 @dataclass(frozen=True)

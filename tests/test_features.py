@@ -270,6 +270,7 @@ def test_spaces_that_differ_are_named_by_what_differs(field: str, value: object)
     ) as error:
         check_same_space("here", SPACE, other)
     assert str(error.value).count("wanted") == 1
+    assert str(error.value).endswith("; run: dvc repro featurize@clip")
 
 
 @pytest.mark.parametrize(
