@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,18 +27,10 @@ from attribution.backbones import write_backbone
 from attribution.files import atomic_path
 from attribution.params import load_params
 from miniworld.corpus import corpus_scene
-from miniworld.scene import BACKGROUNDS, CLASSES, COLORS, MEDIA, TEXTURES, Scene
+from miniworld.readings import READINGS, true_readings
 from stages.pretrain import Params as CorpusParams
 from stages.pretrain import load_tokenizer, render_corpus, tokenize_corpus
 
-READINGS: dict[str, tuple[str, ...]] = {
-    "noun": CLASSES,
-    "color": tuple(COLORS),
-    "trim": tuple(COLORS),
-    "texture": TEXTURES,
-    "background": BACKGROUNDS,
-    "medium": MEDIA,
-}
 _PREPROCESS = {"size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
 _RESNET: dict[str, Any] = {"architecture": "resnet10t", "kwargs": {"channels": [24, 48, 96, 128]}}
 _RESNET_DIM = 128
@@ -67,16 +59,6 @@ def new_resnet() -> nn.Module:
 def new_heads() -> nn.ModuleDict:
     """One linear classifier per reading, on the supervised backbone's features."""
     return nn.ModuleDict({name: nn.Linear(_RESNET_DIM, len(values)) for name, values in READINGS.items()})
-
-
-def scene_labels(scene: Scene) -> list[int]:
-    """The index of each reading's true value."""
-    instance = scene.instance
-    truth = {
-        "noun": instance.noun, "color": instance.color, "trim": instance.trim, "texture": instance.texture,
-        "background": scene.background, "medium": scene.artist.medium,
-    }  # fmt: skip
-    return [READINGS[name].index(truth[name]) for name in READINGS]
 
 
 def _pixels(batch: np.ndarray) -> torch.Tensor:
@@ -208,7 +190,7 @@ def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, s
     resnet = {"library": "timm", **_RESNET, "preprocess": _PREPROCESS, "revision": revision}
     if not (out / "supervised" / "heads.safetensors").exists():
         scenes = (corpus_scene(corpus_params.seed, i) for i in range(len(corpus)))
-        labels = np.array([scene_labels(scene) for scene in scenes])
+        labels = np.array([list(true_readings(scene).values()) for scene in scenes])
         net, heads = train_supervised(params, corpus, labels)
         write_backbone(out / "supervised", resnet, net)
         with atomic_path(out / "supervised" / "heads.safetensors") as temporary:
@@ -224,13 +206,6 @@ def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, s
             {"library": "open_clip", "model_cfg": config, "preprocess": _PREPROCESS, "revision": revision},
             net,
         )
-
-
-def load_heads(path: Path) -> nn.ModuleDict:
-    """The reading heads of the supervised backbone."""
-    heads = new_heads()
-    heads.load_state_dict(load_file(path))
-    return heads.float().eval()
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from attribution.files import atomic_path, sha256_bytes
 from attribution.images import write_image_table
 from attribution.params import load_params
-from miniworld.captions import full_caption
+from miniworld.captions import PLACES, describe_object, full_caption
 from miniworld.concepts import Counts, draw_concepts
 from miniworld.corpus import corpus_captions, corpus_pictures
 from miniworld.draw import render
@@ -61,6 +61,9 @@ def exemplar_table(params: Params) -> pa.Table:
                     "seen": concept.seen,
                     "fresh": concept.fresh,
                     "caption": full_caption(scene),
+                    "medium": scene.artist.medium,
+                    "thing": describe_object(scene),
+                    "place": PLACES[scene.background],
                     "image": image,
                 }
             )
@@ -69,9 +72,7 @@ def exemplar_table(params: Params) -> pa.Table:
 
 def distractor_tables(params: Params) -> Iterator[pa.Table]:
     """The distractors in parts of `distractors_per_part` rows."""
-    pictures = corpus_pictures(
-        params.seed, range(params.distractors), workers=params.workers
-    )
+    pictures = corpus_pictures(params.seed, range(params.distractors), workers=params.workers)
     rows: list[dict[str, object]] = []
     for index, picture in enumerate(
         tqdm(pictures, total=params.distractors, desc="distractors", disable=None)
