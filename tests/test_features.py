@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.features import (
@@ -50,6 +50,7 @@ def test_a_set_is_shards_rows_and_space(written: Path) -> None:
     np.testing.assert_array_equal(opened.vectors(), VECTORS)
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(0, 20),
     cuts=st.lists(st.integers(0, 20), max_size=5),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.params import load_params, read_yaml
@@ -154,6 +154,7 @@ def test_what_is_no_float_stays_text(params_file: Path, text: str) -> None:
     assert read_yaml(params_file) == {"x": text}
 
 
+@settings(deadline=None, max_examples=40)
 @given(rate=st.floats(allow_nan=False), steps=st.integers(), layers=st.lists(st.integers(), max_size=4))
 def test_values_survive_the_file(
     tmp_path_factory: pytest.TempPathFactory, rate: float, steps: int, layers: list[int]
