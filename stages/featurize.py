@@ -6,8 +6,8 @@ Out:  data/features/<backbone>/{exemplars,queries,distractors}: feature sets of 
 Cost: about 15 s for 27,000 images of 64 x 64 and a small net on 2 CPU cores, a few seconds for pixels.
 
 Finished shards stay in data/features/.shards/<backbone>, named by the digest of their images, their space and
-the code that made them: a killed run goes on where it was, and one more exemplar costs one shard. The feature
-sets link to them. That folder may be deleted at any time.
+the code that made them: a killed run goes on where it was, and one more exemplar costs one shard. The folder
+takes as much disk as the features at most, and may be deleted at any time.
 """
 
 from __future__ import annotations
