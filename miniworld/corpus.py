@@ -11,7 +11,7 @@ import numpy as np
 
 from miniworld.captions import draw_caption, full_caption
 from miniworld.draw import render
-from miniworld.scene import Scene, draw_scene
+from miniworld.scene import Instance, Scene, draw_instance, draw_scene
 
 _CORPUS_STREAM = 1  # exemplars draw from stream 2: no instance is shared
 
@@ -19,6 +19,11 @@ _CORPUS_STREAM = 1  # exemplars draw from stream 2: no instance is shared
 def corpus_scene(seed: int, index: int) -> Scene:
     """Scene `index` of the corpus."""
     return draw_scene(np.random.default_rng((seed, _CORPUS_STREAM, index)))
+
+
+def corpus_instance(seed: int, index: int) -> Instance:
+    """What scene `index` shows."""
+    return draw_instance(np.random.default_rng((seed, _CORPUS_STREAM, index)))
 
 
 def corpus_captions(seed: int, index: int, count: int) -> list[str]:

@@ -33,7 +33,7 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Params:
-    """`gate_customized` in params.yaml; `wanted` is the share the first backbone must find nearer to their own."""
+    """`wanted` is the share of images that the first backbone must find nearer to their own exemplar."""
 
     seed: int
     backbones: tuple[str, ...]
