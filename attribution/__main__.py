@@ -165,7 +165,7 @@ def _answer(name: str, found: Attribution, query: int, image_ids: np.ndarray, *,
 
 def _as_text(answer: Answer, rows: dict[str, dict[str, Any]]) -> str:
     width = max(len(match.image_id) for match in answer.matches)
-    lines = [_printable(answer.name), f"  rank   score  influence  {'image':{width}}  of          caption"]
+    lines = [_printable(answer.name), f"  rank   score  influence  {'image':{width}}  kind        caption"]
     for match in answer.matches:
         caption = _printable(rows.get(match.image_id, {}).get("caption") or "")
         share, image_id = f"{match.influence:.2%}", _printable(match.image_id)
