@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from functools import cache
@@ -11,7 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attribution.params import load_params
+from miniworld.concepts import draw_concepts
+from miniworld.scene import BACKGROUNDS, CLASSES, MEDIA
+from stages import render
+
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 PACKAGES = ("attribution", "stages", "miniworld")
 # Who may import whom. The compiled extension is imported by attribution.similarity alone.
 ALLOWED = {
@@ -130,8 +138,39 @@ def test_tracked_files_hold_no_pickle_and_no_lock_and_stay_small() -> None:
 
 
 def test_the_graph_in_the_readme_is_the_graph() -> None:
-    dvc = Path(sys.executable).with_name("dvc")
-    drawn = subprocess.run([dvc, "dag", "--md"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert drawn.strip() in (ROOT / "README.md").read_text(), (
-        "README.md: paste the output of: uv run dvc dag --md"
-    )
+    command = [Path(sys.executable).with_name("dvc"), "dag", "--md", "evaluate@clip"]
+    drawn = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    wanted = f"<!-- graph:begin -->\n{drawn}\n<!-- graph:end -->"
+    assert wanted in README.read_text(), "README.md: paste the output of: uv run dvc dag --md evaluate@clip"
+
+
+def test_what_the_readme_says_of_the_world_is_so() -> None:
+    params = load_params(render.Params, "render", ROOT / "params.yaml")
+    concepts = list(draw_concepts(params.seed, params.objects, params.styles, fresh_every=params.fresh_every))
+    text = " ".join(README.read_text().split())
+    for claim in (
+        f"{len(CLASSES)} classes of objects before {len(BACKGROUNDS)} backgrounds in {len(MEDIA)} media",
+        f"There are {len(concepts)} concepts",
+        f"customizes {sum(concept.fresh for concept in concepts)} of them afresh",
+        f"The gallery has {params.distractors:,} distractors",
+    ):
+        assert claim in text
+
+
+def test_commands_in_the_readme_name_what_exists() -> None:
+    text = README.read_text()
+    modules = set(re.findall(r"python -m ([\w.]+)", text)) - {"benchmarks."}
+    assert {"attribution", "stages.pretrain", "stages.ship_synthesized"} <= modules
+    for module in modules:
+        assert importlib.util.find_spec(module), f"README.md: python -m {module}"
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = re.findall(r"-S '?([\w.]+)=", text)
+    assert settings
+    for name in settings:
+        value = params
+        for part in name.split("."):
+            assert part in value, f"README.md: -S {name}"
+            value = value[part]
+    made = (ROOT / "dvc.yaml").read_text()
+    for path in re.findall(r"`((?:data|docs|csrc|metrics|stages|attribution|miniworld)/[\w./]*)`", text):
+        assert (ROOT / path).exists() or path.rstrip("/") in made, f"README.md: {path}"
