@@ -15,6 +15,7 @@ small.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -27,8 +28,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -264,29 +267,32 @@ def encode_corpus(model: AutoencoderKL, corpus: np.ndarray, path: Path) -> np.nd
 # Text
 
 
-def new_tokenizer(params: Params, folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token and any other is spelled."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: the pair of the lowest rank is joined until none is known."""
+    while pairs := [pair for pair in itertools.pairwise(pieces) if pair in ranks]:
+        place = list(itertools.pairwise(pieces)).index(min(pairs, key=ranks.__getitem__))
+        pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
+    return pieces
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix="</w>",
-        initial_alphabet=[*letters, *"0123456789-,.'"],
-    )  # fmt: skip
-    bpe.train_from_iterator([*vocabulary(), *letters], trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    tokens = list(dict.fromkeys([*trained["vocab"], *(f"{c}</w>" for c in [*letters, *"0123456789-,.'"])]))
-    vocab = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in trained["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=params.text_positions)
+
+def new_tokenizer(params: Params, folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the grammar is one token and any other is spelled.
+
+    Merges are made word by word, not learned: tokenizers' BPE trainer breaks ties anew in every process, and
+    ids that wander between two runs of a resumed training ruin it silently.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-,.'"
+    vocab = [*letters, *(f"{letter}</w>" for letter in letters)]
     for word in vocabulary():
-        if len(tokenizer.tokenize(word)) != 1:
-            raise AssertionError(f"tokenizer: {word!r} became {tokenizer.tokenize(word)}, wanted one token")
+        pieces = _merge([*word[:-1], f"{word[-1]}</w>"], ranks)
+        while len(pieces) > 1:
+            ranks[pieces[0], pieces[1]] = len(ranks)
+            vocab.append(pieces[0] + pieces[1])
+            pieces = _merge(pieces, ranks)
+    table = {token: row for row, token in enumerate([*vocab, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=table, merges=list(ranks), model_max_length=params.text_positions)
+    tokenizer.save_pretrained(folder)
     return tokenizer
 
 
@@ -327,6 +333,26 @@ def tokenize_corpus(params: Params, tokenizer: CLIPTokenizer, path: Path) -> np.
 
 
 # The diffusion model
+
+
+class _Float32Attention:
+    """Attention whose scores stay in float32 under autocast: bf16 backward is several times slower on CPU."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+    ) -> torch.Tensor:
+        read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(read), attn.to_v(read))
+        query, key, value = (
+            part.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in projected
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
 
 def new_unet(params: Params) -> UNet2DConditionModel:
@@ -380,14 +406,18 @@ def train_text_to_image(
         snr = alphas[t] / (1 - alphas[t])
         weight = torch.minimum(snr, torch.full_like(snr, params.min_snr_gamma)) / (snr + 1)
         text = parts["text_encoder"](torch.from_numpy(ids.astype(np.int64))).last_hidden_state
-        error = (parts["unet"](noisy, t, text).sample - target).square().mean(dim=(1, 2, 3))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predicted = parts["unet"](noisy, t, text).sample
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         return (weight * error).sum() / weight.sum()
 
+    parts["unet"].set_attn_processor(_Float32Attention())
     ema = _train(
         parts, loss_of, steps=params.steps, learning_rate=params.learning_rate, params=params,
         checkpoint=scratch / "text_to_image.safetensors", name="text-to-image",
     )  # fmt: skip
     parts.load_state_dict(ema)
+    parts["unet"].set_attn_processor(AttnProcessor2_0())
 
 
 def new_parts(params: Params, tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
