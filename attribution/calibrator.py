@@ -117,10 +117,16 @@ def fit(
             total, slope, queries = total + losses.sum(), slope + slopes.sum(axis=0), queries + len(losses)
         return total / queries, slope / queries * np.array([inv_tau, b * (1 + b)])
 
-    grid = [_to_free(inv_tau, b) for inv_tau in (4.0, 12.0, 36.0, 108.0) for b in (-0.03, -0.1, -0.4)]
     thin = max(1, len(scores) // 64)
-    best = min([_to_free(start.inv_tau, min(start.b, -1e-3)), *grid], key=lambda p: objective(p, thin)[0])
-    return Calibrator(*_from_free(_bfgs(objective, best)))
+
+    def of_some(point: np.ndarray) -> tuple[float, np.ndarray]:
+        return objective(point, thin)
+
+    grid = [_to_free(inv_tau, b) for inv_tau in (4.0, 12.0, 36.0, 108.0) for b in (-0.03, -0.1, -0.4)]
+    best = min([_to_free(start.inv_tau, min(start.b, -1e-3)), *grid], key=lambda point: of_some(point)[0])
+    # A few queries show the way, all of them the goal.
+    near, curvature = _bfgs(of_some, best, np.eye(2))
+    return Calibrator(*_from_free(_bfgs(objective, near, curvature)[0]))
 
 
 def _log_sum(gaps: np.ndarray, inv_tau: float, b: float) -> tuple[np.ndarray, np.ndarray]:
@@ -147,15 +153,18 @@ def _times_gap(e: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     return np.multiply(e, gaps, where=e > 0, out=np.zeros_like(e))
 
 
-def _bfgs(objective: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> np.ndarray:
+def _bfgs(
+    objective: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray, inverse: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A local minimum, and the inverse of the curvature there, from first guesses of both."""
     value, slope = objective(point)
-    inverse = np.eye(len(point))
+    one = np.eye(len(point))
     for _ in range(60):
         step = -inverse @ slope
-        if step @ slope > -1e-10:
+        if step @ slope > -1e-9:
             break
         length = min(1.0, 2.0 / float(np.linalg.norm(step)))
-        while length > 1e-6:
+        while length > 1e-4:
             new_value, new_slope = objective(point + length * step)
             if new_value <= value + 1e-4 * length * float(step @ slope):
                 break
@@ -164,10 +173,10 @@ def _bfgs(objective: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np
             break  # rounding is all that is left
         moved, turned = length * step, new_slope - slope
         if moved @ turned > 1e-14:
-            left = np.eye(len(point)) - np.outer(moved, turned) / (moved @ turned)
+            left = one - np.outer(moved, turned) / (moved @ turned)
             inverse = left @ inverse @ left.T + np.outer(moved, moved) / (moved @ turned)
         point, value, slope = point + moved, new_value, new_slope
-    return point
+    return point, inverse
 
 
 def _to_free(inv_tau: float, b: float) -> np.ndarray:

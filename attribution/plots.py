@@ -27,6 +27,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "chance": {"color": "#777777", "linestyle": ":"},
     "ceiling": {"color": "#000000", "linestyle": ":"},
 }
+# tight_layout() would find them itself, for a second a figure.
+MARGINS = {"left": 0.1, "right": 0.97, "bottom": 0.13, "top": 0.83, "wspace": 0.08}
 TILE, GAP, TEXT = 96, 10, 30
 
 
@@ -64,7 +66,9 @@ def plot_curves(
     path: Path, panels: Mapping[str, Mapping[str, Curve]], *, title: str, x_label: str, y_label: str
 ) -> None:
     """The PNG shows one panel per kind, one line per variant, intervals shaded, over a logarithmic x."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), sharey=True, squeeze=False)
+    size = (5.2 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, gridspec_kw=MARGINS)
+    ticks: Sequence[int] = next(iter(next(iter(panels.values())).values())).x
     for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
         for variant, curve in curves.items():
             style = STYLES.get(variant, {})
@@ -72,6 +76,8 @@ def plot_curves(
             if curve.low is not None and curve.high is not None:
                 axis.fill_between(curve.x, curve.low, curve.high, color=style.get("color"), alpha=0.15, lw=0)
         axis.set(title=name, xlabel=x_label, xscale="log", ylim=(0, 1.02))
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(y_label)
     axes[0, 0].legend(fontsize=8)
@@ -80,8 +86,8 @@ def plot_curves(
 
 def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str) -> None:
     """The PNG shows influence due against influence claimed per bin and calibrator; area = influence."""
-    figure, axis = plt.subplots(figsize=(5.2, 4.4))
-    low = BIN_ENDS[0] / 10
+    figure, axis = plt.subplots(figsize=(5.2, 4.4), gridspec_kw=MARGINS)
+    low = BIN_ENDS[0]
     axis.plot([low, 1], [low, 1], color="#777777", linestyle=":", label="as claimed")
     for (name, one), color in zip(found.items(), ("#d55e00", "#0072b2", "#009e73"), strict=False):
         filled = one.items > 0
@@ -95,6 +101,7 @@ def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str
             label=f"{name}: error {one.error:.3f}, beyond the shown {max(one.claimed[-1], 0):.0%}",
         )
     axis.set(xscale="log", yscale="log", xlim=(low, 1.3), ylim=(low / 1.3, 1.3))
+    axis.minorticks_off()
     axis.set(xlabel="mean influence claimed", ylabel="mean influence due")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left")
@@ -137,7 +144,6 @@ def _left(column: int) -> int:
 
 def _save(figure: Any, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     with atomic_path(path) as partial:
         # Without the version of the drawing library in it, equal curves are equal bytes.
         figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 # Upper ends of the bins. Influence spreads over orders of magnitude: equal widths would hold it all in one.
-BIN_ENDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+BIN_ENDS = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

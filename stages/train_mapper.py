@@ -91,20 +91,16 @@ def run(
         for split in ("train", "val")
     )
     synth = query_set.select(train.image_ids)
-    # Both sides in one unit, mean length 1, so that one learning rate suits every backbone, weight and bias.
-    scale = float(np.linalg.norm(np.concatenate([synth, real]), axis=1).mean()) or 1.0
-    distractors = _sample_rows(distractor_set, params) / scale
-    pairs, validation = (_pairs(queries, query_set, real, scale) for queries in (train, val))
+    distractors = _sample_rows(distractor_set, params)
+    # In units of the mean length, so that one learning rate suits every backbone, weights and biases.
+    scale = float(np.linalg.norm(np.concatenate([synth, distractors]), axis=1).mean()) or 1.0
+    validation = _pairs(val, val.own, query_set, real, scale)
+    others = torch.from_numpy(distractors / np.float32(scale))
     about = {"backbone": backbone, "revision": exemplar_set.space.revision, **dataclasses.asdict(params)}
-    mapper, history = fit(params, pairs, validation, torch.from_numpy(distractors), scale, about)
-    permuted, _ = fit(
-        params,
-        dataclasses.replace(pairs, own=permute_concepts(train, exemplars, params.seed)),
-        validation,
-        torch.from_numpy(distractors),
-        scale,
-        {**about, "control": "permuted"},
-    )
+    pairs = _pairs(train, train.own, query_set, real, scale)
+    mapper, history = fit(params, pairs, validation, others, scale, about)
+    pairs = _pairs(train, permute_concepts(train, exemplars, params.seed), query_set, real, scale)
+    permuted, _ = fit(params, pairs, validation, others, scale, {**about, "control": "permuted"})
     white = whitening(distractor_set.vectors(), synth, shrinkage=params.whitening_shrinkage)
     white = dataclasses.replace(white, config={"backbone": backbone, "control": "whitening"})
     for name, found in (("mapper", mapper), ("permuted", permuted), ("whitening", white)):
@@ -262,10 +258,16 @@ def _unscale(head: dict[str, Tensor], scale: float) -> dict[str, np.ndarray]:
     }
 
 
-def _pairs(queries: Queries, query_set: FeatureSet, real: np.ndarray, scale: float) -> Pairs:
+def _pairs(queries: Queries, own: np.ndarray, query_set: FeatureSet, real: np.ndarray, scale: float) -> Pairs:
+    """Features of these queries and of the exemplars in `own` alone; all divided by `scale`."""
+    rows = np.unique(own[own >= 0])
     _, concepts = np.unique(queries.concept_ids, return_inverse=True)
-    synth = query_set.select(queries.image_ids) / np.float32(scale)
-    return Pairs(torch.from_numpy(synth), torch.from_numpy(real / np.float32(scale)), queries.own, concepts)
+    return Pairs(
+        synth=torch.from_numpy(query_set.select(queries.image_ids) / np.float32(scale)),
+        real=torch.from_numpy(real[rows] / np.float32(scale)),
+        own=np.where(own < 0, -1, np.searchsorted(rows, own)),
+        concepts=concepts,
+    )
 
 
 def _sample_rows(distractors: FeatureSet, params: Params) -> np.ndarray:
