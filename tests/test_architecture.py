@@ -138,7 +138,7 @@ def test_tracked_files_hold_no_pickle_and_no_lock_and_stay_small() -> None:
 
 
 def test_the_graph_in_the_readme_is_the_graph() -> None:
-    command = [Path(sys.executable).with_name("dvc"), "dag", "--md", "evaluate@clip"]
+    command = [str(Path(sys.executable).with_name("dvc")), "dag", "--md", "evaluate@clip"]
     drawn = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     wanted = f"<!-- graph:begin -->\n{drawn}\n<!-- graph:end -->"
     assert wanted in README.read_text(), "README.md: paste the output of: uv run dvc dag --md evaluate@clip"
