@@ -52,8 +52,12 @@ class Params:
 
 
 def new_resnet() -> nn.Module:
-    """The small ResNet of the supervised and the self-supervised backbone, untrained."""
-    return timm.create_model(_RESNET["architecture"], num_classes=0, **_RESNET["kwargs"])
+    """The small ResNet of the supervised and the self-supervised backbone, untrained.
+
+    Channels last: with bf16 that is more than twice as fast on a CPU.
+    """
+    net = timm.create_model(_RESNET["architecture"], num_classes=0, **_RESNET["kwargs"])
+    return net.to(memory_format=torch.channels_last)
 
 
 def new_heads() -> nn.ModuleDict:
@@ -94,7 +98,8 @@ def _train(
     modules.train()
     bar = tqdm(range(steps), desc=name, disable=None)
     for step in bar:
-        loss = loss_of(np.random.default_rng((params.seed, 4, step)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(np.random.default_rng((params.seed, 4, step)))
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
         optimizer.step()
@@ -105,7 +110,7 @@ def _train(
 
 def _nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
     """SimCLR's loss: each view's partner among all other views of the batch."""
-    views = F.normalize(torch.cat([first, second]), dim=1)
+    views = F.normalize(torch.cat([first, second]).float(), dim=1)
     logits = views @ views.T / temperature
     logits.fill_diagonal_(float("-inf"))
     count = len(first)

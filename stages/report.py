@@ -1,6 +1,6 @@
-"""Rewrites the result table in README.md, between its markers, from metrics/*.json.
+"""Rewrites the result and gate tables in README.md, between their markers, from metrics/*.json.
 
-In:   metrics/<backbone>.json, README.md
+In:   metrics/<backbone>.json, metrics/gate.json, metrics/gate_customized.json, README.md
 Out:  README.md
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 
 from attribution.files import atomic_path, read_json
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
 TITLES = {"object": "Objects", "style": "Styles"}
 
@@ -33,16 +32,50 @@ def read_results(metrics_dir: Path) -> list[dict[str, Any]]:
     return [metrics for metrics in found if isinstance(metrics, dict) and "backbone" in metrics]
 
 
-def rewrite(readme: str, block: str) -> str:
-    """The text with `block` between the markers. Raises ValueError when they are not there once, in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README: wanted one line {BEGIN} and after it one line {END}")
-    return f"{readme[: readme.index(BEGIN)]}{BEGIN}\n{block}\n{readme[readme.index(END) :]}"
+def render_gates(base: Mapping[str, Any], customized: Mapping[str, Any]) -> str:
+    """Two Markdown tables: what is read from the base model's samples, and whose exemplar is the nearer."""
+    lines = [
+        f"| read from {base['prompts']} samples of the base model | right | wanted | permuted prompts "
+        "| chance | renderings |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in base["readings"].items():
+        wanted = f"{base['wanted'][name]:.0%}" if name in base["wanted"] else ""
+        share = f"{row['share']:.1%} ({row['interval_low']:.1%} to {row['interval_high']:.1%})"
+        controls = f"{row['permuted']:.1%} | {row['chance']:.1%} | {row['rendered']:.1%}"
+        lines.append(f"| {name} | {share} | {wanted} | {controls} |")
+    lines += [
+        "",
+        "| nearer to their own exemplar than to another of the class, in | customized | wanted | base model "
+        "| chance |",
+        "|---|---|---|---|---|",
+    ]
+    for name, space in customized["spaces"].items():
+        shares = [
+            f"{row['share']:.1%} ({row['interval_low']:.1%} to {row['interval_high']:.1%})"
+            for row in (space["customized"], space["base"])
+        ]
+        wanted = f"{customized['wanted']:.0%}" if name == customized["judge"] else ""
+        lines.append(f"| {name} | {shares[0]} | {wanted} | {shares[1]} | {customized['chance']:.0%} |")
+    return "\n".join(lines)
 
 
-def between_markers(readme: str) -> str:
-    """What stands between the markers."""
-    return readme[readme.index(BEGIN) + len(BEGIN) : readme.index(END)].strip("\n")
+def rewrite(readme: str, name: str, block: str) -> str:
+    """The text with `block` between the markers of `name`. Raises ValueError when they are not there once."""
+    begin, end = _markers(name)
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"README: wanted one line {begin} and after it one line {end}")
+    return f"{readme[: readme.index(begin)]}{begin}\n{block}\n{readme[readme.index(end) :]}"
+
+
+def between_markers(readme: str, name: str) -> str:
+    """What stands between the markers of `name`."""
+    begin, end = _markers(name)
+    return readme[readme.index(begin) + len(begin) : readme.index(end)].strip("\n")
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def _table(kind: str, results: Sequence[Mapping[str, Any]]) -> str:
@@ -93,15 +126,17 @@ def _number(value: float, sign: bool = False) -> str:
 
 
 def main() -> None:
-    path = Path("README.md")
-    tables = render_tables(read_results(Path("metrics")))
+    path, metrics = Path("README.md"), Path("metrics")
     commit = subprocess.run(
         ["git", "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
     note = (
         f"Means with 95 % intervals, resampled by customized model; made at commit {commit} by `make repro`."
     )
-    text = rewrite(path.read_text(encoding="utf-8"), f"{tables}\n\n{note}")
+    gates = render_gates(read_json(metrics / "gate.json"), read_json(metrics / "gate_customized.json"))
+    text = path.read_text(encoding="utf-8")
+    text = rewrite(text, "results", f"{render_tables(read_results(metrics))}\n\n{note}")
+    text = rewrite(text, "gates", gates)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

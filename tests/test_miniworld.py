@@ -1,5 +1,7 @@
 """Renderer, grammar and concepts are pure functions of seeds, and keep exemplars out of the corpus."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -26,7 +28,7 @@ from stages.render import Params as RenderParams
 OBJECTS, STYLES = Counts(6, 2, 4, 3), Counts(3, 1, 2, 2)
 
 
-def scene_of(noun: str = "car", medium: str = "photo", seed: int = 0, **given: object) -> Scene:
+def scene_of(noun: str = "car", medium: str = "photo", seed: int = 0, **given: Any) -> Scene:
     rng = np.random.default_rng(seed)
     instance = draw_instance(rng, noun)
     return draw_scene(rng, instance=instance, artist=draw_artist(rng, medium=medium, toned=0.0), **given)

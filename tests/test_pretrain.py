@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from attribution.backbones import BackboneSettings, load_backbone
@@ -61,7 +62,7 @@ def test_a_stopped_training_resumes_to_the_same_weights(
 ) -> None:
     save, saved = pretrain._save_training, []
 
-    def save_then_stop(path: Path, step: int, *rest: object) -> None:
+    def save_then_stop(path: Path, step: int, *rest: Any) -> None:
         save(path, step, *rest)
         saved.append((path.name, step))
         if saved[-1] == ("text_to_image.safetensors", 2):
@@ -85,7 +86,7 @@ def test_autoencoder_learns(tmp_path: Path) -> None:
     params = replace(PARAMS, autoencoder_steps=25, warmup_steps=5, ema_decay=0.8, checkpoint_seconds=1e9)
     corpus = pretrain.render_corpus(params, tmp_path / "corpus.npy")
 
-    def error(model: torch.nn.Module) -> float:
+    def error(model: AutoencoderKL) -> float:
         pixels = pretrain._pixels(corpus[:8], np.zeros(8, dtype=bool))
         with torch.inference_mode():
             decoded = model.decode(model.encode(pixels).latent_dist.mean).sample
@@ -104,9 +105,14 @@ def test_backbones_are_written_and_loaded(trained: Path, tmp_path: Path) -> None
     pretrain_backbones.run(
         params, PARAMS, base=trained / "base", out=tmp_path / "backbones", scratch=trained / "scratch"
     )
-    for name, library in (("clip", "open_clip"), ("ssl", "timm"), ("supervised", "timm")):
+    for name in ("clip", "ssl", "supervised"):
         settings = BackboneSettings(
-            library, f"backbones/{name}", f"backbones/{name}/model.safetensors", 64, "float32", 8
+            "open_clip" if name == "clip" else "timm",
+            f"backbones/{name}",
+            f"backbones/{name}/model.safetensors",
+            64,
+            "float32",
+            8,
         )
         backbone = load_backbone(name, settings, root=tmp_path)
         assert backbone.space.dim == (32 if name == "clip" else 128)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.report import BEGIN, END, between_markers, read_results, render_tables, rewrite
+from attribution.files import read_json
+from stages.report import between_markers, read_results, render_gates, render_tables, rewrite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,11 +42,18 @@ def result(backbone: str, mapped: float) -> dict:
 
 def test_the_readme_holds_the_table_of_the_metrics() -> None:
     results = read_results(ROOT / "metrics")
-    shown = between_markers((ROOT / "README.md").read_text())
+    shown = between_markers((ROOT / "README.md").read_text(), "results")
     tables, _, note = shown.rpartition("\n\n")
     assert tables == render_tables(results), "README.md: run: python -m stages.report"
     if results:
         assert re.search(r"made at commit [0-9a-f]{10}", note)
+
+
+def test_the_readme_holds_the_gates_of_the_metrics() -> None:
+    reports = [read_json(ROOT / "metrics" / f"{name}.json") for name in ("gate", "gate_customized")]
+    shown = between_markers((ROOT / "README.md").read_text(), "gates")
+    assert shown == render_gates(*reports), "README.md: run: python -m stages.report"
+    assert f"| noun | {reports[0]['readings']['noun']['share']:.1%} (" in shown
 
 
 def test_rows_are_ordered_and_controls_come_last(tmp_path: Path) -> None:
@@ -68,9 +76,10 @@ def test_a_result_of_one_model_has_no_interval() -> None:
 
 
 def test_rewrite_touches_only_what_is_between_the_markers() -> None:
-    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert rewrite(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    assert between_markers(rewrite(text, "a\n\nb")) == "a\n\nb"
-    for broken in (f"{END}\n{BEGIN}", f"{BEGIN}\n", f"{text}{text}"):
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert rewrite(text, "results", "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
+    assert between_markers(rewrite(text, "results", "a\n\nb"), "results") == "a\n\nb"
+    for broken in (f"{end}\n{begin}", f"{begin}\n", f"{text}{text}"):
         with pytest.raises(ValueError, match="README: wanted one line <!-- results:begin -->"):
-            rewrite(broken, "new")
+            rewrite(broken, "results", "new")
