@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ def load_base(settings: BaseSettings) -> StableDiffusionPipeline:
         raise FileNotFoundError(f"{folder}: no model_index.json; wanted a folder written by save_pretrained")
     halves = local and any(folder.glob("unet/*.fp16.safetensors"))
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(
         settings.model,
         revision=settings.revision,
