@@ -30,6 +30,8 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "cuda")
 WINDOW_CAP = 2048
 # Queries that share one walk over the gallery: what fits, packed, into a core's second-level cache.
 QUERY_BATCH = 256
+# A thread that has less to multiply than this costs more to start than it saves.
+PRODUCTS_PER_THREAD = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,14 @@ def attribute(
     queries: [queries, dim]; inv_tau > 0 per unit of score; -1 < b <= 0. Raises ValueError for values out
     of range or not finite, naming the row.
     """
-    k = _positive(k, "k")
-    if not 0 < inv_tau < float("inf"):
-        raise ValueError(f"inv_tau: wanted a finite number > 0, got {inv_tau}")
-    if not -1 < b <= 0:
-        raise ValueError(f"b: wanted -1 < b <= 0, got {b}")
-    call = _Call(queries, gallery, scale, offset, impl, threads)
+    k = check_settings(k, inv_tau, b)
+    call = Call(queries, gallery, scale, offset, impl, threads)
     if call.impl == "reference":
         found = reference.attribute(call.inputs, k, float(inv_tau), float(b))
     else:
-        found = _extension().retrieve(*call.extension_inputs(), k, float(inv_tau), float(b), *call.limits())
+        found = load_extension().retrieve(
+            *call.extension_inputs(), k, float(inv_tau), float(b), *call.limits()
+        )
     ids, scores, influence, support, support_mass, remainder = found
     return Attribution(ids, scores, influence, support, support_mass, remainder, call.impl)
 
@@ -94,10 +94,10 @@ def search(
 ) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
     """The ids and scores are those that `attribute` returns; no influence is computed."""
     k = _positive(k, "k")
-    call = _Call(queries, gallery, scale, offset, impl, threads)
+    call = Call(queries, gallery, scale, offset, impl, threads)
     if call.impl == "reference":
         return reference.search(call.inputs, k)
-    return _extension().retrieve(*call.extension_inputs(), k, None, 0.0, *call.limits())
+    return load_extension().retrieve(*call.extension_inputs(), k, None, 0.0, *call.limits())
 
 
 def count_larger(
@@ -117,12 +117,12 @@ def count_larger(
     `canonical_scores` and equal vectors compare equal; the rank of an exemplar is then 1 + the number
     larger in the rest of the gallery, or equal where ties are to count against it.
     """
-    call = _Call(queries, gallery, scale, offset, impl, threads)
+    call = Call(queries, gallery, scale, offset, impl, threads)
     levels = arrays.thresholds(thresholds, call.inputs.queries.shape[0])
     if call.impl == "reference":
         return reference.count_larger(call.inputs, levels, or_equal)
     threads, _, batch = call.limits()
-    return _extension().count_larger(*call.extension_inputs(), levels, or_equal, threads, batch)
+    return load_extension().count_larger(*call.extension_inputs(), levels, or_equal, threads, batch)
 
 
 def canonical_scores(
@@ -132,14 +132,23 @@ def canonical_scores(
 
     ids: [queries, ids], gallery rows.
     """
-    call = _Call(queries, gallery, scale, offset, impl, None)
+    call = Call(queries, gallery, scale, offset, impl, None)
     rows = arrays.ids(ids, call.inputs.queries.shape[0], call.inputs.rows)
     if call.impl == "reference":
         return reference.canonical_scores(call.inputs, rows)
-    return _extension().canonical_scores(*call.extension_inputs(), rows)
+    return load_extension().canonical_scores(*call.extension_inputs(), rows)
 
 
-class _Call:
+def check_settings(k: int, inv_tau: float, b: float) -> int:
+    """The settings make sense; k as a plain int."""
+    if not 0 < inv_tau < float("inf"):
+        raise ValueError(f"inv_tau: wanted a finite number > 0, got {inv_tau}")
+    if not -1 < b <= 0:
+        raise ValueError(f"b: wanted -1 < b <= 0, got {b}")
+    return _positive(k, "k")
+
+
+class Call:
     """The checked arguments that all operations share."""
 
     def __init__(
@@ -153,13 +162,20 @@ class _Call:
             )
         self.impl = "cpu" if impl == "auto" else impl
         self.inputs = arrays.open_inputs(queries, gallery, scale, offset)
-        self.threads = _positive(_default_threads() if threads is None else threads, "threads")
+        self.threads = _positive(self._default_threads() if threads is None else threads, "threads")
+
+    def _default_threads(self) -> int:
+        inputs = self.inputs
+        products = len(inputs.queries) * inputs.rows * inputs.queries.shape[1]
+        return min(_threads_allowed(), 1 + products // PRODUCTS_PER_THREAD)
 
     def extension_inputs(self) -> tuple[Any, ...]:
+        """What every function of the extension takes first."""
         inputs = self.inputs
         return list(inputs.shards), inputs.storage, inputs.queries, inputs.offset, inputs.scale
 
     def limits(self) -> tuple[int, int, int]:
+        """Threads, window cap and query batch, which change the cost and never the answer."""
         return self.threads, WINDOW_CAP, QUERY_BATCH
 
 
@@ -171,7 +187,7 @@ def _positive(value: int, name: str) -> int:
     return int(value)
 
 
-def _default_threads() -> int:
+def _threads_allowed() -> int:
     wanted = os.environ.get("ATTRIBUTION_THREADS", "")
     if not wanted:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -187,7 +203,8 @@ def sources_digest(names: Sequence[Path]) -> str:
 
 
 @functools.cache
-def _extension() -> Any:
+def load_extension() -> Any:
+    """The compiled module, which was built from the csrc beside this package. ImportError if not."""
     repair = "run: uv sync --reinstall-package attribution-by-customization"
     try:
         extension = importlib.import_module("attribution_extension")

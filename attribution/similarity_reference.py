@@ -17,7 +17,9 @@ def attribute(inputs: Inputs, k: int, inv_tau: float, b: float) -> tuple[np.ndar
     total = weights.sum(axis=1) + (inputs.rows == 0)
     influence, mass, remainder = shown / total[:, None], shown.sum(axis=1) / total, rest / total
     as_float = [values.astype(np.float32) for values in (influence, mass, remainder)]
-    return ids, top, as_float[0], (weights > 0).sum(axis=1), as_float[1], as_float[2]
+    # Without a threshold everything has influence, even where float64 has no number small enough for it.
+    support = (weights > 0).sum(axis=1) if b < 0 else np.full(len(weights), inputs.rows)
+    return ids, top, as_float[0], support, as_float[1], as_float[2]
 
 
 def search(inputs: Inputs, k: int) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:

@@ -1,51 +1,59 @@
+#include "batch.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
-
-#include "scan.h"
+#include <stdexcept>
+#include <string>
 
 namespace attribution {
 
-AlignedBytes::AlignedBytes(int64_t bytes) : owner(new unsigned char[size_t(bytes) + 64]) {
+AlignedBytes::AlignedBytes(int64_t bytes) : owner(new unsigned char[size_t(bytes) + 64]()) {
   begin = owner.get() + (64 - reinterpret_cast<uintptr_t>(owner.get()) % 64) % 64;
 }
 
-Batch::Batch(const Kernels& kernels, const float* queries, int dim, const std::vector<int64_t>& rows, const float* offset)
-    : kernels(kernels),
-      dim(dim),
-      count(int(rows.size())),
-      padded((int(rows.size()) + kernels.group - 1) / kernels.group * kernels.group),
+Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
+             const float* offset)
+    : set(set),
+      gallery(gallery),
       rows(rows),
-      panels(padded / kernels.group * kernels.panel_bytes(dim)),
-      offset(offset ? padded : 0, 0.0f),
-      queries_(rows.size() * size_t(dim)),
+      count(int(rows.size())),
+      kernels(*set.kernels(gallery.storage, count)),
+      padded((count + kernels.pad - 1) / kernels.pad * kernels.pad),
+      panels(kernels.panel_bytes(padded, gallery.dim)),
+      offset(offset ? size_t(padded) : 0, 0.0f),
+      queries_(rows.size() * size_t(padded_dim(gallery.dim))),
+      shift_(rows.size()),
       norm_(rows.size()) {
+  const int dim = gallery.dim;
   for (int q = 0; q < count; ++q) {
-    const float* from = queries + rows[q] * dim;
-    std::copy(from, from + dim, queries_.begin() + int64_t(q) * dim);
+    const float* from = queries + rows[size_t(q)] * dim;
+    std::copy(from, from + dim, queries_.begin() + q * padded_dim(dim));
     double squared = 0;
     for (int d = 0; d < dim; ++d) squared += double(from[d]) * double(from[d]);
-    norm_[q] = std::sqrt(squared) * (1 + 1e-6);
-    largest_norm_ = std::max(largest_norm_, norm_[q]);
+    norm_[size_t(q)] = std::sqrt(squared) * (1 + 1e-6);
+    largest_norm_ = std::max(largest_norm_, norm_[size_t(q)]);
     if (offset) {
-      this->offset[q] = offset[rows[q]];
-      largest_offset_ = std::max(largest_offset_, std::fabs(double(offset[rows[q]])));
+      this->offset[size_t(q)] = offset[rows[size_t(q)]];
+      largest_offset_ = std::max(largest_offset_, std::fabs(double(offset[rows[size_t(q)]])));
     }
   }
-  kernels.pack(queries_.data(), count, dim, panels.data());
+  // A query too large for the fast kernel is only ever scored canonically.
+  if (largest_norm_ < 0x1p100) kernels.pack(queries_.data(), padded_dim(dim), count, dim, panels.data(), shift_.data());
 }
 
 void Batch::bound(const Prepared& prepared, float* errors) const {
-  // A sum of dim products, each rounded at most twice, in any order; then the offset, the scale, and the rounding of
-  // the canonical score itself. Cauchy and Schwarz bound the sum of the products' magnitudes by |q| |x|.
-  const double rounding = (dim + 16) * 0x1p-23;
+  // A sum of dim rounded products in any order, then the offset, the scale, the rounding of the canonical score, and
+  // that of whoever adds or subtracts the error. Cauchy and Schwarz bound the sum of the products' magnitudes.
+  const int dim = gallery.dim;
+  const double rounding = (dim + 16) * kernels.rounding;
   const double norm = prepared.largest_norm, scale = prepared.largest_scale, shift = prepared.largest_shift;
   // Instruction sets differ in what they do to subnormal numbers; at worst each operand and each sum is flushed.
   const double flushed = 0x1p-120, depth = std::sqrt(double(dim));
   for (int q = 0; q < count; ++q) {
-    const double offset_size = offset.empty() ? 0.0 : std::fabs(double(offset[q]));
-    const double error = rounding * (norm_[q] * norm + offset_size * scale) + norm_[q] * shift +
-                         flushed * (depth * (norm_[q] * scale + norm) + 2.0 * dim * scale + 1.0);
+    const double size = norm_[size_t(q)], offset_size = offset.empty() ? 0.0 : std::fabs(double(offset[size_t(q)]));
+    const double error = rounding * (size * norm + offset_size * scale) + size * shift + double(shift_[size_t(q)]) * norm +
+                         flushed * (depth * (size * scale + norm) + 2.0 * dim * scale + 1.0);
     errors[q] = float(error * 1.01);
   }
 }
@@ -53,17 +61,51 @@ void Batch::bound(const Prepared& prepared, float* errors) const {
 bool Batch::overflows(const Prepared& prepared) const {
   const double most = largest_norm_ * prepared.largest_norm + largest_offset_ * prepared.largest_scale;
   const double unscaled = prepared.largest_scale > 0 ? most / prepared.largest_scale : most;
-  return !(most < 0x1p100 && unscaled < 0x1p100 && largest_norm_ < 0x1p100 && prepared.largest_norm < 0x1p100);
+  return !(most < 0x1p100 && unscaled < 0x1p100 && largest_norm_ < 0x1p100 && prepared.largest_norm < 0x1p60);
 }
 
-float Batch::canonical(const Gallery& gallery, const Block& row, int q) const {
-  const double dot = kernels.canonical_dot(row.rows, gallery.storage, query(q), dim);
-  const double shifted = offset.empty() ? dot : dot + double(offset[q]);
-  const float score = float(row.scale ? shifted * double(*row.scale) : shifted) + 0.0f;
-  if (!std::isfinite(score))
-    throw std::invalid_argument("query row " + std::to_string(rows[q]) + " and gallery row " + std::to_string(row.first_row) +
-                                ": their score is beyond the range of float32");
-  return score;
+void Batch::rescore(Candidate* items, int64_t count, int q) const {
+  constexpr int most = 64, together = 4;
+  const auto ask_for = [this](const unsigned char* const* some_rows, int some) {
+    for (int i = 0; i < some; ++i)
+      for (int64_t byte = 0; byte < gallery.dim * bytes_of(gallery.storage); byte += 64) __builtin_prefetch(some_rows[i] + byte);
+  };
+  const unsigned char* places[most];
+  double dots[most];
+  for (int64_t first = 0; first < count; first += most) {
+    const int some = int(std::min<int64_t>(most, count - first));
+    for (int i = 0; i < some; ++i) places[i] = gallery.row(items[first + i].row);
+    // The rows lie anywhere in memory: ask for the next ones while these are multiplied.
+    for (int i = 0; i < some; i += together) {
+      if (i == 0) ask_for(places, std::min(together, some));
+      const int next = std::min(i + together, some);
+      ask_for(places + next, std::min(together, some - next));
+      set.canonical_dots(places + i, next - i, gallery.storage, query(q), gallery.dim, dots + i);
+    }
+    for (int i = 0; i < some; ++i) {
+      Candidate& item = items[first + i];
+      const double shifted = offset.empty() ? dots[i] : dots[i] + double(offset[size_t(q)]);
+      item.score = float(shifted * gallery.scale(item.row)) + 0.0f;
+      item.error = 0;
+      if (!std::isfinite(item.score))
+        throw std::invalid_argument("query row " + std::to_string(rows[size_t(q)]) + " and gallery row " +
+                                    std::to_string(item.row) + ": their score is beyond the range of float32");
+    }
+  }
+}
+
+bool Batch::dense(const Block& block, int first, int some, double* scratch, double* dots, float* scores) const {
+  set.canonical_block(block, gallery.storage, query(first), some, gallery.dim, scratch, dots);
+  bool finite = true;
+  for (int q = 0; q < some; ++q)
+    for (int r = 0; r < block.count; ++r) {
+      const double dot = dots[q * block_rows + r];
+      const double shifted = offset.empty() ? dot : dot + double(offset[size_t(first + q)]);
+      const float score = float(block.scale ? shifted * double(block.scale[r]) : shifted) + 0.0f;
+      scores[q * block_rows + r] = score;
+      finite &= std::isfinite(score);
+    }
+  return finite;
 }
 
 }  // namespace attribution

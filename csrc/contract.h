@@ -18,15 +18,20 @@ namespace attribution {
 enum class Storage : int { float32, float16, bfloat16 };
 static inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
 
-// Rows that one thread takes at a time. A multiple of every kernel's tile height (6 and 12).
+// Rows that one thread takes at a time. A multiple of every kernel's tile height (6, 12, 24).
 static constexpr int block_rows = 96;
+
+static inline int64_t padded_dim(int dim) { return (int64_t(dim) + 7) / 8 * 8; }
 
 struct Block {
   const unsigned char* rows;  // [count] rows, `stride` bytes apart, in the gallery's storage type
   int64_t stride;
   int count;
-  int64_t first_row;   // index of rows[0] in the whole gallery
-  const float* scale;  // [count], or null: 1
+  int64_t first_row;           // index of rows[0] in the whole gallery
+  const float* scale;          // [count], or null: 1
+  const unsigned char* ahead;  // what this thread will probably read next, or null
+
+  const float* row_scale(int row) const { return scale ? scale + row : nullptr; }
 };
 
 struct Candidate {
@@ -35,55 +40,82 @@ struct Candidate {
   float error;  // |score - canonical score| <= error; 0 once the score is the canonical one
 };
 
-// A block made ready for the fast kernel, and what its error bound needs.
+// A block with the scores of the first group of queries, and what the error bound of all of them needs.
 struct Prepared {
   Block block;
   const unsigned char* rows;  // as the fast kernel reads them: in place, or converted into the thread's scratch
   int64_t stride;
-  const unsigned char* tail;  // the rows after the last whole tile, copied and padded with zero rows
+  unsigned char* tail;        // the rows after the last whole tile, copied and padded with zero rows
+  float* scores;              // [block_rows][queries of the group], before offset and scale
   float largest_norm;   // max over rows of scale * |x|; not finite if a value is not, or the square overflows
-  float largest_scale;  // max over rows of scale
+  float largest_scale;  // max over rows of scale; NaN if one is negative
   float largest_shift;  // max over rows of scale * |x - x as the kernel reads it|
 };
 
 // Where the fast kernel puts every (row, query) whose score reaches the query's threshold.
 struct Emission {
-  const float* threshold;  // [queries, padded with +inf to a whole number of groups]
-  const float* error;      // the same shape: what to write into Candidate::error
-  const float* offset;     // the same shape, or null: 0
-  Candidate* buffer;       // [queries][capacity]
+  const float* threshold;  // [padded queries], +inf in the padding
+  const float* error;      // [padded queries]: what to write into Candidate::error
+  const float* offset;     // [padded queries], or null: 0
+  Candidate* buffer;       // [queries from `base` on][capacity]
   int64_t capacity;
-  uint32_t* fill;      // [queries]
-  uint32_t high_water; // reaching it raises `full`; the engine then starts no further block
-  int* full;
+  uint32_t* fill;  // [queries from `base` on]
+  int base;
+  uint32_t high_water;  // reaching it raises `full`; the engine then starts no further block
+  int* full;            // null: the buffer is this thread's own
 };
 
-// For `count_larger`. A score above `high` certainly exceeds the threshold, below `low` certainly does not;
-// between them it is emitted and settled by its canonical score.
+// For `count_larger`. A score above `high` certainly exceeds the threshold, one below `low` certainly does not;
+// one between them is emitted and settled by its canonical score.
 struct Counting {
   int thresholds;
-  const float* low;   // [thresholds][padded queries]
+  const float* low;  // [thresholds][padded queries]
   const float* high;
-  uint32_t* larger;   // [thresholds][padded queries], this thread's
+  uint32_t* larger;  // [thresholds][padded queries], this thread's
 };
 
+// One shape of fast kernel. Queries are padded to a multiple of `pad`; a group is what `emit` and `count` handle at a
+// time: group(queries left) of them.
 struct Kernels {
-  const char* name;
-  int group;  // queries in one packed panel
-  int64_t (*panel_bytes)(int dim);
-  void (*pack)(const float* queries, int count, int dim, unsigned char* panels);
+  int pad;
+  double rounding;  // of one product and its addition, relative to |q| |x|
+  int (*group)(int left);
+  int64_t (*panel_bytes)(int padded, int dim);
+  // queries: [count] rows of dim, `stride` apart; shift: [count], |q - q as the kernel reads it|
+  void (*pack)(const float* queries, int64_t stride, int count, int dim, unsigned char* panels, float* shift);
   int64_t (*scratch_bytes)(Storage storage, int dim);
-  void (*prepare)(const Block& block, Storage storage, int dim, unsigned char* scratch, Prepared* prepared);
-  void (*emit)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, const Emission& to);
-  void (*count)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, const Emission& to,
+  void (*prepare)(const Block& block, Storage storage, const unsigned char* panels, int queries, int dim,
+                  unsigned char* scratch, Prepared* prepared);
+  // The group that begins at query `first`. Group 0 comes first and uses up the scores that `prepare` made.
+  void (*emit)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to);
+  void (*count)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to,
                 const Counting& counting);
-  double (*canonical_dot)(const unsigned char* row, Storage storage, const float* query, int dim);
 };
 
-const Kernels* kernels_portable();
+struct InstructionSet {
+  const char* name;
+  const Kernels* (*kernels)(Storage storage, int queries);
+  // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
+  void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
+                         double* dots);
+  // The same for a whole block: queries: [count][padded_dim], zeros after dim -> dots: [count][block_rows]
+  int64_t (*canonical_scratch_bytes)(int dim);
+  void (*canonical_block)(const Block& block, Storage storage, const float* queries, int count, int dim, double* scratch,
+                          double* dots);
+  // Sums the weights (weight.h) of up to block_rows scores, times 2^62 and rounded: sum = high * 2^32 + low. Returns how
+  // many are positive.
+  int64_t (*weigh)(const float* scores, int64_t count, double inv_tau, double b, float best, uint64_t* low, uint64_t* high);
+  // exp(inv_tau * score) = fraction * 2^exponent. False if a score is too large for that to be accurate.
+  bool (*exponentials)(const float* scores, int64_t count, double inv_tau, double* fractions, int64_t* exponents);
+};
 
-// The fastest kernels this machine runs, or the ones that ATTRIBUTION_ISA names. Throws std::invalid_argument for a
-// name that is unknown or that this machine cannot run.
-const Kernels* choose_kernels();
+const InstructionSet* instruction_set_portable();
+const InstructionSet* instruction_set_avx2();
+const InstructionSet* instruction_set_avx512f();
+const InstructionSet* instruction_set_avx512_bf16();
+
+// The most capable one that this machine runs, or the one that ATTRIBUTION_ISA names. Throws std::invalid_argument for
+// a name that is unknown or that this machine cannot run.
+const InstructionSet* choose_instruction_set();
 
 }  // namespace attribution

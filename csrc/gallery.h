@@ -33,10 +33,15 @@ class Gallery {
     return slice(s, (index - first_block_[s]) * block_rows, block_rows);
   }
 
-  // The one row `index` of the whole gallery.
-  Block row(int64_t index) const {
+  // Row `index` of the whole gallery.
+  const unsigned char* row(int64_t index) const {
     const size_t s = holder(first_row_, index);
-    return slice(s, index - first_row_[s], 1);
+    return shards_[s].data + (index - first_row_[s]) * shards_[s].stride;
+  }
+
+  double scale(int64_t index) const {
+    const size_t s = holder(first_row_, index);
+    return shards_[s].scale ? double(shards_[s].scale[index - first_row_[s]]) : 1.0;
   }
 
   const Storage storage;
@@ -51,7 +56,7 @@ class Gallery {
   Block slice(size_t s, int64_t begin, int64_t most) const {
     const Shard& shard = shards_[s];
     return Block{shard.data + begin * shard.stride, shard.stride, int(std::min(most, shard.rows - begin)),
-                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr};
+                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr, nullptr};
   }
 
   std::vector<Shard> shards_;

@@ -1,224 +1,200 @@
 #include "retrieval.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <limits>
 #include <numeric>
+
+#include "selection.h"
 
 namespace attribution {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-bool better(const Candidate& a, const Candidate& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
-
-// The top k of what a query has seen so far, and the window of scores that have weight beside the best one.
-class Selection {
- public:
-  Selection(const Gallery& gallery, const Batch& batch, int64_t k, const Calibration* calibration, int64_t window)
-      : gallery_(gallery), batch_(batch), k_(k), calibration_(calibration), window_(window),
-        wide_(size_t(batch.count), calibration != nullptr && calibration->b == 0) {}
-
-  bool wide(int q) const { return wide_[size_t(q)]; }
-
-  // A prefix's k-th best never exceeds the final one and its best score neither: what falls below both cuts now has
-  // k better items and no weight in the end.
-  uint32_t settle(int q, Candidate* items, uint32_t fill, float& cut) {
-    Candidate* end = drop_hopeless(q, items, items + fill);
-    for (Candidate* item = items; item != end; ++item) {
-      if (item->error == 0) continue;
-      item->score = batch_.canonical(gallery_, gallery_.row(item->row), q);
-      item->error = 0;
-    }
-    if (end - items > k_) std::nth_element(items, items + (k_ - 1), end, better);
-    Candidate* top = items + std::min<int64_t>(k_, end - items);
-    const float kth = end - items >= k_ ? std::max_element(items, top, better)->score : -infinity;
-    if (calibration_ == nullptr || wide(q) || top == items) {
-      cut = kth;
-      return uint32_t(top - items);
-    }
-    const float best = std::min_element(items, top, better)->score;
-    Candidate* kept = std::partition(top, end, [&](const Candidate& item) { return calibration_->weight(item.score, best) > 0; });
-    if (kept - top > window_) {
-      wide_[size_t(q)] = true;
-      cut = kth;
-      return uint32_t(top - items);
-    }
-    cut = std::min(kth, calibration_->lowest(best));
-    return uint32_t(kept - items);
-  }
-
- private:
-  // Without re-scoring: k items are certainly as good as `floor`, so an item that is certainly worse can go.
-  Candidate* drop_hopeless(int q, Candidate* items, Candidate* end) const {
-    if (end - items <= k_) return end;
-    std::vector<float> surely(size_t(end - items));
-    std::transform(items, end, surely.begin(), [](const Candidate& item) { return std::nextafter(item.score - item.error, -infinity); });
-    std::nth_element(surely.begin(), surely.begin() + (k_ - 1), surely.end(), std::greater<float>());
-    float floor = surely[size_t(k_ - 1)];
-    if (calibration_ != nullptr && !wide(q))
-      floor = std::min(floor, calibration_->lowest(*std::max_element(surely.begin(), surely.begin() + k_)));
-    return std::partition(items, end, [&](const Candidate& item) { return std::nextafter(item.score + item.error, infinity) >= floor; });
-  }
-
-  const Gallery& gallery_;
-  const Batch& batch_;
-  const int64_t k_;
-  const Calibration* calibration_;
-  const int64_t window_;
-  std::vector<char> wide_;
-};
-
-struct Mass {
-  WeightSum sum = 0;
-  int64_t count = 0;
-
-  void add(double weight) {
-    if (!(weight > 0)) return;
-    sum += quantized(weight);
-    ++count;
-  }
-};
-
-// All the weight in the gallery for queries whose best score is known: the second walk.
-std::vector<Mass> weigh(const Run& run, const Gallery& gallery, const Batch& batch, const Calibration& calibration,
-                        const std::vector<float>& best, int64_t fresh) {
-  std::vector<Mass> masses(size_t(batch.count));
-  std::vector<float> cut;
-  for (float score : best) cut.push_back(calibration.lowest(score));
-  Scan scan(run, gallery, batch, 0, fresh);
-  scan.walk(cut, gallery.rows(), [&](int q, Candidate* items, uint32_t fill) {
-    for (uint32_t i = 0; i < fill; ++i) {
-      const float score = items[i].error == 0 ? items[i].score : batch.canonical(gallery, gallery.row(items[i].row), q);
-      masses[size_t(q)].add(calibration.weight(score, best[size_t(q)]));
-    }
-    return 0u;
-  });
-  return masses;
-}
-
-void write_items(const Candidate* items, int64_t count, int64_t k, int64_t q, const Found& found) {
-  for (int64_t i = 0; i < k; ++i) {
-    found.ids[q * k + i] = i < count ? items[i].row : -1;
-    found.scores[q * k + i] = i < count ? items[i].score : -infinity;
-  }
-}
-
-void write_influence(const Candidate* items, int64_t count, int64_t k, int64_t q, const Calibration& calibration,
-                     const Mass& all, const Found& found) {
-  WeightSum shown = 0;
-  const double total = as_double(all.sum);
-  for (int64_t i = 0; i < k; ++i) {
-    const double weight = i < count ? calibration.weight(items[i].score, items[0].score) : 0;
-    shown += quantized(weight);
-    found.influence[q * k + i] = weight > 0 ? float(weight / total) : 0.0f;
-  }
-  found.support[q] = all.count;
-  found.shown[q] = count > 0 ? float(as_double(shown) / total) : 0.0f;
-  found.remainder[q] = count > 0 ? float(as_double(all.sum - shown) / total) : 0.0f;
-}
-
 int useful_threads(const Limits& limits, const Gallery& gallery) {
   return int(std::max<int64_t>(1, std::min<int64_t>(limits.threads, gallery.blocks())));
 }
 
-std::vector<std::vector<int64_t>> batches(int64_t count, int64_t size) {
+std::vector<std::vector<int64_t>> batches(const std::vector<int64_t>& rows, int64_t size) {
   std::vector<std::vector<int64_t>> all;
-  for (int64_t first = 0; first < count; first += size) {
-    all.emplace_back(size_t(std::min(size, count - first)));
-    std::iota(all.back().begin(), all.back().end(), first);
-  }
+  for (size_t first = 0; first < rows.size(); first += size_t(size))
+    all.emplace_back(rows.begin() + int64_t(first), rows.begin() + int64_t(std::min(first + size_t(size), rows.size())));
   return all;
+}
+
+std::vector<int64_t> all_of(const Queries& queries) {
+  std::vector<int64_t> rows(size_t(queries.count));
+  std::iota(rows.begin(), rows.end(), 0);
+  return rows;
+}
+
+// The first walk, of one batch.
+void gather(const Run& run, const Batch& batch, const Request& request, int64_t fresh, int64_t first_row, Part* part) {
+  const int64_t rows = batch.gallery.rows(), top = std::max<int64_t>(1, std::min(request.k, rows));
+  const bool softmax = request.calibration != nullptr && request.calibration->b == 0;
+  Selection selection(batch, top, request.calibration, request.window);
+  std::vector<float> cut(size_t(batch.count), -infinity);
+  std::vector<std::vector<SoftmaxSum>> sums(softmax ? size_t(run.team->size()) : 0, std::vector<SoftmaxSum>(size_t(batch.count)));
+  Scan::Tally tally;
+  if (softmax)
+    tally = [&](int member, int q, const float* scores, int64_t count) {
+      sums[size_t(member)][size_t(q)].add(*run.set, scores, count, request.calibration->inv_tau);
+    };
+  Scan scan(run, batch);
+  scan.select(cut, selection.keep(), fresh, 2 * top,
+              [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); }, tally);
+
+  std::vector<uint32_t> left(size_t(batch.count));
+  std::atomic<int> next{0};
+  run.team->run([&](int) {
+    for (int q; (q = next.fetch_add(1)) < batch.count;)
+      left[size_t(q)] = selection.finish(q, scan.candidates(q), scan.fill(q), cut[size_t(q)]);
+  });
+  for (int q = 0; q < batch.count; ++q) {
+    Candidate* items = scan.candidates(q);
+    for (uint32_t i = 0; i < left[size_t(q)]; ++i) items[i].row += first_row;
+    part->append(request, items, items + left[size_t(q)], selection.wide(q) && !softmax);
+    if (!softmax) continue;
+    part->sums.emplace_back();
+    for (const std::vector<SoftmaxSum>& member : sums) part->sums.back().add(member[size_t(q)]);
+  }
+}
+
+// The second walk, of one batch: all the weight in the gallery for queries whose best score is known.
+std::vector<Mass> weigh_batch(const Run& run, const Batch& batch, const Calibration& calibration, const std::vector<float>& best) {
+  std::vector<float> cut;
+  for (float score : best) cut.push_back(calibration.lowest(score));
+  std::vector<std::vector<Mass>> masses(size_t(run.team->size()), std::vector<Mass>(best.size()));
+  const Scan::Tally tally = [&](int member, int q, const float* scores, int64_t count) {
+    masses[size_t(member)][size_t(q)].add(*run.set, calibration, scores, count, best[size_t(q)]);
+  };
+  const Scan::Visit visit = [&](int member, int q, Candidate* items, int64_t count) {
+    if (items->error != 0) batch.rescore(items, count, q);
+    float scores[block_rows];
+    std::transform(items, items + count, scores, [](const Candidate& item) { return item.score; });
+    masses[size_t(member)][size_t(q)].add(*run.set, calibration, scores, count, best[size_t(q)]);
+  };
+  Scan(run, batch).visit(cut, visit, tally);
+  for (size_t member = 1; member < masses.size(); ++member)
+    for (size_t q = 0; q < best.size(); ++q) masses[0][q].add(masses[member][q]);
+  return masses[0];
+}
+
+int64_t fresh_of(const Request& request, const Gallery& gallery) {
+  return std::max<int64_t>(1024, 2 * std::min(request.k, gallery.rows()));
+}
+
+// So many that their candidates stay within 32 MB.
+int64_t batch_size(const Request& request, const Gallery& gallery, const Limits& limits, int threads) {
+  const int64_t keep = 2 * std::min(request.k, gallery.rows()) + request.window;
+  const int64_t bytes = Scan::capacity(keep, fresh_of(request, gallery), threads) * int64_t(sizeof(Candidate));
+  return std::max<int64_t>(1, std::min(limits.query_batch, (int64_t(32) << 20) / bytes));
 }
 
 }  // namespace
 
-void retrieve(const Gallery& gallery, const Queries& queries, int64_t k, const Calibration* calibration,
-              const Limits& limits, const std::function<bool()>& interrupted, const Found& found) {
+Part retrieve_part(const Gallery& gallery, const Queries& queries, const Request& request, const Limits& limits,
+                   const Interrupt& interrupted, int64_t first_row) {
   Team team(useful_threads(limits, gallery));
-  const Run run{choose_kernels(), &team, interrupted};
-  const int64_t window = calibration != nullptr && calibration->b < 0 ? limits.window : 0;
-  const int64_t top = std::max<int64_t>(1, std::min(k, gallery.rows()));
-  const int64_t fresh = std::max<int64_t>(1024, 2 * top);
-  const int64_t bytes_per_query = Scan::capacity(top + window, fresh, team.size()) * int64_t(sizeof(Candidate));
-  const int64_t batch_size = std::max<int64_t>(1, std::min(limits.query_batch, (int64_t(32) << 20) / bytes_per_query));
-  for (const std::vector<int64_t>& rows : batches(queries.count, batch_size)) {
-    const Batch batch(*run.kernels, queries.values, gallery.dim, rows, queries.offset);
-    Selection selection(gallery, batch, top, calibration, window);
-    Scan scan(run, gallery, batch, top + window, fresh);
-    std::vector<float> cut(rows.size(), -infinity);
-    scan.walk(cut, 2 * top, [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); });
+  const Run run{choose_instruction_set(), &team, interrupted};
+  Part part;
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size())))
+    gather(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), request, fresh_of(request, gallery), first_row, &part);
+  return part;
+}
 
+std::vector<Mass> weigh(const Gallery& gallery, const Queries& queries, const Calibration& calibration, const float* best,
+                        const std::vector<char>& which, const Limits& limits, const Interrupt& interrupted) {
+  Team team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), &team, interrupted};
+  std::vector<int64_t> wanted;
+  for (int64_t q = 0; q < queries.count; ++q)
+    if (which[size_t(q)]) wanted.push_back(q);
+  std::vector<Mass> masses(size_t(queries.count));
+  for (const std::vector<int64_t>& rows : batches(wanted, limits.query_batch)) {
+    std::vector<float> batch_best;
+    for (int64_t q : rows) batch_best.push_back(best[q]);
+    const std::vector<Mass> some =
+        weigh_batch(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), calibration, batch_best);
+    for (size_t i = 0; i < rows.size(); ++i) masses[size_t(rows[i])] = some[i];
+  }
+  return masses;
+}
+
+void retrieve(const Gallery& gallery, const Queries& queries, const Request& request, const Limits& limits,
+              const Interrupt& interrupted, const Found& found) {
+  Team team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), &team, interrupted};
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size()))) {
+    Part part;
+    gather(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), request, fresh_of(request, gallery), 0, &part);
     std::vector<int64_t> wide_rows;
     std::vector<float> wide_best;
-    std::vector<std::vector<Candidate>> kept(rows.size());
-    for (int q = 0; q < batch.count; ++q) {
-      kept[size_t(q)].assign(scan.candidates(q), scan.candidates(q) + scan.fill(q));
-      std::sort(kept[size_t(q)].begin(), kept[size_t(q)].end(), better);
-      if (!selection.wide(q) || kept[size_t(q)].empty()) continue;
+    for (int64_t q = 0; q < part.queries(); ++q) {
+      if (!needs_mass(request, part, q)) continue;
       wide_rows.push_back(rows[size_t(q)]);
-      wide_best.push_back(kept[size_t(q)][0].score);
+      wide_best.push_back(part.of(q)->score);
     }
-    std::vector<Mass> wide_masses;
-    if (!wide_rows.empty()) {
-      const Batch wide(*run.kernels, queries.values, gallery.dim, wide_rows, queries.offset);
-      wide_masses = weigh(run, gallery, wide, *calibration, wide_best, top + window + fresh);
-    }
-    size_t next_wide = 0;
-    for (int q = 0; q < batch.count; ++q) {
-      const std::vector<Candidate>& items = kept[size_t(q)];
-      const int64_t count = std::min<int64_t>(k, int64_t(items.size()));
-      write_items(items.data(), count, k, rows[size_t(q)], found);
-      if (calibration == nullptr) continue;
-      Mass mass;
-      if (selection.wide(q) && !items.empty())
-        mass = wide_masses[next_wide++];
-      else
-        for (const Candidate& item : items) mass.add(calibration->weight(item.score, items[0].score));
-      write_influence(items.data(), count, k, rows[size_t(q)], *calibration, mass, found);
+    std::vector<Mass> masses;
+    if (!wide_rows.empty())
+      masses = weigh_batch(run, Batch(*run.set, gallery, queries.values, wide_rows, queries.offset), *request.calibration, wide_best);
+    size_t next = 0;
+    for (int64_t q = 0; q < part.queries(); ++q) {
+      const Mass* mass = needs_mass(request, part, q) ? &masses[next++] : nullptr;
+      conclude(*run.set, request, part, q, mass, gallery.rows(), found, rows[size_t(q)]);
     }
   }
 }
 
 void count_larger(const Gallery& gallery, const Queries& queries, const double* thresholds, int count, bool or_equal,
-                  const Limits& limits, const std::function<bool()>& interrupted, int64_t* larger) {
+                  const Limits& limits, const Interrupt& interrupted, int64_t* larger) {
   Team team(useful_threads(limits, gallery));
-  const Run run{choose_kernels(), &team, interrupted};
-  for (const std::vector<int64_t>& rows : batches(queries.count, limits.query_batch)) {
-    const Batch batch(*run.kernels, queries.values, gallery.dim, rows, queries.offset);
-    Scan scan(run, gallery, batch, 0, 1024);
-    const double* batch_thresholds = thresholds + rows[0] * count;
-    std::vector<int64_t> certain(rows.size() * size_t(count), 0);
-    std::vector<int64_t> settled(rows.size() * size_t(count), 0);
-    scan.walk_counting(batch_thresholds, count, certain, [&](int q, Candidate* items, uint32_t fill) {
-      for (uint32_t i = 0; i < fill; ++i) {
-        // A candidate of the careful path carries its canonical score and was counted nowhere.
-        const bool canonical = items[i].error == 0;
-        const float score = canonical ? items[i].score : batch.canonical(gallery, gallery.row(items[i].row), q);
-        for (int t = 0; t < count; ++t) {
-          const size_t at = size_t(q) * size_t(count) + size_t(t);
-          const double threshold = batch_thresholds[at];
-          if (!canonical && (items[i].score > Scan::high(threshold, items[i].error) ||
-                             !(items[i].score >= Scan::low(threshold, items[i].error))))
-            continue;  // the kernel was certain
-          settled[at] += or_equal ? double(score) >= threshold : double(score) > threshold;
+  const Run run{choose_instruction_set(), &team, interrupted};
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), limits.query_batch)) {
+    const Batch batch(*run.set, gallery, queries.values, rows, queries.offset);
+    const double* levels = thresholds + rows[0] * count;
+    const size_t size = rows.size() * size_t(count);
+    std::vector<int64_t> certain(size, 0);
+    std::vector<std::vector<int64_t>> settled(size_t(team.size()), std::vector<int64_t>(size, 0));
+    Scan(run, batch).count(levels, count, certain, [&](int member, int q, Candidate* items, int64_t found) {
+      // Candidates of the careful path come with canonical scores and were counted nowhere.
+      const float error = items->error;
+      std::vector<float> fast(static_cast<size_t>(found));
+      std::transform(items, items + found, fast.begin(), [](const Candidate& item) { return item.score; });
+      if (error != 0) batch.rescore(items, found, q);
+      for (int t = 0; t < count; ++t) {
+        const size_t at = size_t(q) * size_t(count) + size_t(t);
+        const double level = levels[at];
+        const float low = Scan::low(level, error), high = Scan::high(level, error);
+        for (int64_t i = 0; i < found; ++i) {
+          if (error != 0 && (fast[size_t(i)] > high || !(fast[size_t(i)] >= low))) continue;  // the kernel was certain
+          const double score = double(items[i].score);
+          settled[size_t(member)][at] += or_equal ? score >= level : score > level;
         }
       }
-      return 0u;
     });
-    for (size_t i = 0; i < certain.size(); ++i) larger[rows[0] * count + int64_t(i)] = certain[i] + settled[i];
+    for (size_t i = 0; i < size; ++i) {
+      larger[rows[0] * count + int64_t(i)] = certain[i];
+      for (const std::vector<int64_t>& part : settled) larger[rows[0] * count + int64_t(i)] += part[i];
+    }
   }
 }
 
 void canonical_scores(const Gallery& gallery, const Queries& queries, const int64_t* ids, int64_t count, float* scores) {
-  const Kernels* kernels = choose_kernels();
-  for (const std::vector<int64_t>& rows : batches(queries.count, 256)) {
-    const Batch batch(*kernels, queries.values, gallery.dim, rows, queries.offset);
-    for (int q = 0; q < batch.count; ++q)
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = rows[size_t(q)] * count + i;
-        scores[at] = ids[at] < 0 ? -infinity : batch.canonical(gallery, gallery.row(ids[at]), q);
-      }
+  const InstructionSet* set = choose_instruction_set();
+  std::vector<Candidate> items(static_cast<size_t>(count));
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), 256)) {
+    const Batch batch(*set, gallery, queries.values, rows, queries.offset);
+    for (int q = 0; q < batch.count; ++q) {
+      const int64_t at = rows[size_t(q)] * count;
+      int64_t used = 0;
+      for (int64_t i = 0; i < count; ++i)
+        if (ids[at + i] >= 0) items[size_t(used++)].row = ids[at + i];
+      batch.rescore(items.data(), used, q);
+      used = 0;
+      for (int64_t i = 0; i < count; ++i) scores[at + i] = ids[at + i] < 0 ? -infinity : items[size_t(used++)].score;
+    }
   }
 }
 

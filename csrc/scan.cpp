@@ -1,6 +1,5 @@
 #include "scan.h"
 
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -38,33 +37,46 @@ bool finite_row(const unsigned char* row, Storage storage, int dim) {
 float Scan::low(double threshold, float error) { return below(threshold - double(error)); }
 float Scan::high(double threshold, float error) { return -below(-(threshold + double(error))); }
 
+// The dots and the scores of one block and a group of queries.
+constexpr int64_t dense_values = int64_t(Batch::dense_group) * block_rows;
+constexpr int64_t dense_bytes = dense_values * 12;
+
 // One thread's own memory.
 struct Scan::Member {
-  Member(const Scan& scan, int thresholds)
-      : scratch(scan.batch_.kernels.scratch_bytes(scan.gallery_.storage, scan.batch_.dim)),
-        threshold(scan.batch_.padded, infinity),
-        error(scan.batch_.padded, 0.0f),
-        low(size_t(thresholds) * scan.batch_.padded, infinity),
-        high(size_t(thresholds) * scan.batch_.padded, infinity),
-        larger(size_t(thresholds) * scan.batch_.padded, 0) {}
+  Member(const Scan& scan, int id, int thresholds)
+      : id(id),
+        scratch(scan.batch_.kernels.scratch_bytes(scan.gallery_.storage, scan.gallery_.dim)),
+        threshold(size_t(scan.batch_.padded), infinity),
+        error(size_t(scan.batch_.padded), 0.0f),
+        low(size_t(thresholds * scan.batch_.padded), infinity),
+        high(size_t(thresholds * scan.batch_.padded), infinity),
+        larger(size_t(thresholds * scan.batch_.padded), 0) {}
 
+  int id;
   AlignedBytes scratch;
   std::vector<float> threshold, error, low, high;
   std::vector<uint32_t> larger;
-  const double* thresholds = nullptr;  // [queries][count], when counting
-  int count = 0;
-  bool fresh = true;  // the cuts have moved since `threshold` was made
+  std::vector<Candidate> buffer;  // [group][block_rows], when visiting
+  std::vector<uint32_t> fill;     // [group]
+  int base = 0;
+  AlignedBytes dense{0};  // scratch for densely()
+  int dense_blocks = 0;   // how many more to score whole
+  bool stale = true;  // the cuts have moved since `threshold` was made
   float norm = -1, scale = -1, shift = -1;
 };
 
-Scan::Scan(const Run& run, const Gallery& gallery, const Batch& batch, int64_t keep, int64_t fresh)
-    : run_(run),
-      gallery_(gallery),
-      batch_(batch),
-      capacity_(capacity(keep, fresh, run.team->size())),
-      high_water_(uint32_t(keep + fresh)),
-      buffer_(new Candidate[size_t(batch.count * capacity_)]),
-      fill_(size_t(batch.count), 0) {}
+std::vector<Scan::Member> Scan::members(int thresholds) {
+  std::vector<Member> all;
+  for (int id = 0; id < run_.team->size(); ++id) {
+    all.emplace_back(*this, id, thresholds);
+    if (tally_ != nullptr) all.back().dense = AlignedBytes(run_.set->canonical_scratch_bytes(gallery_.dim) + dense_bytes);
+    if (visit_ == nullptr) continue;
+    const int group = batch_.kernels.group(batch_.count);
+    all.back().buffer.resize(size_t(group * block_rows));
+    all.back().fill.assign(size_t(group), 0);
+  }
+  return all;
+}
 
 void Scan::refuse(int64_t row, const std::string& why) {
   std::lock_guard<std::mutex> lock(refusal_mutex_);
@@ -76,126 +88,210 @@ void Scan::refuse(int64_t row, const std::string& why) {
   stop_ = true;
 }
 
-void Scan::carefully(const Block& block, const std::vector<float>& cut, Member& member) {
+void Scan::push_exact(Member& member, int query, const Candidate& item) {
+  if (visit_ != nullptr) {
+    member.buffer[size_t((query - member.base) * block_rows) + member.fill[size_t(query - member.base)]++] = item;
+    return;
+  }
+  const uint32_t slot = __atomic_fetch_add(&fill_[size_t(query)], 1u, __ATOMIC_RELAXED);
+  if (slot + 1 >= high_water_) __atomic_store_n(&full_, 1, __ATOMIC_SEQ_CST);
+  buffer_[size_t(query * capacity_ + slot)] = item;
+}
+
+void Scan::hand_over(Member& member, int first, int queries) {
+  if (visit_ == nullptr) return;
+  for (int q = 0; q < queries; ++q) {
+    uint32_t& fill = member.fill[size_t(q)];
+    if (fill != 0) (*visit_)(member.id, first + q, member.buffer.data() + q * block_rows, fill);
+    fill = 0;
+  }
+}
+
+// A block in which something is not finite, or so large that the fast kernel could overflow.
+void Scan::carefully(const Block& block, Member& member) {
   for (int r = 0; r < block.count; ++r) {
     const std::string where = "gallery row " + std::to_string(block.first_row + r);
     if (block.scale && !(std::isfinite(block.scale[r]) && block.scale[r] >= 0))
       return refuse(block.first_row + r, where + ": wanted a finite scale >= 0, got " + std::to_string(block.scale[r]));
-    if (!finite_row(block.rows + r * block.stride, gallery_.storage, batch_.dim))
+    if (!finite_row(block.rows + r * block.stride, gallery_.storage, gallery_.dim))
       return refuse(block.first_row + r, where + ": wanted finite values, got NaN or infinity");
   }
-  for (int r = 0; r < block.count; ++r) {
-    const Block row{block.rows + r * block.stride, block.stride, 1, block.first_row + r,
-                    block.scale ? block.scale + r : nullptr};
-    for (int q = 0; q < batch_.count; ++q) {
-      float score;
+  for (int q = 0; q < batch_.count; ++q) {
+    member.base = q;
+    for (int r = 0; r < block.count; ++r) {
+      Candidate item{block.first_row + r, 0, 0};
       try {
-        score = batch_.canonical(gallery_, row, q);
+        batch_.rescore(&item, 1, q);
       } catch (const std::invalid_argument& error) {
-        return refuse(row.first_row, error.what());
+        refuse(item.row, error.what());
+        break;
       }
-      if (member.thresholds == nullptr && score < cut[q]) continue;
-      const uint32_t slot = __atomic_fetch_add(&fill_[q], 1u, __ATOMIC_RELAXED);
-      if (slot + 1 >= high_water_) __atomic_store_n(&full_, 1, __ATOMIC_SEQ_CST);
-      buffer_[q * capacity_ + slot] = Candidate{row.first_row, score, 0.0f};
+      if (cut_ == nullptr || item.score >= (*cut_)[size_t(q)]) push_exact(member, q, item);
+    }
+    hand_over(member, q, 1);
+  }
+}
+
+void Scan::densely(const Block& block, Member& member) {
+  double* dots = reinterpret_cast<double*>(member.dense.data());
+  float* scores = reinterpret_cast<float*>(dots + dense_values);
+  double* scratch = reinterpret_cast<double*>(member.dense.data() + dense_bytes);
+  for (int r = 0; r < block.count && block.scale != nullptr; ++r)
+    if (!(std::isfinite(block.scale[r]) && block.scale[r] >= 0)) return carefully(block, member);
+  for (int first = 0; first < batch_.count; first += Batch::dense_group) {
+    const int some = std::min(Batch::dense_group, batch_.count - first);
+    if (!batch_.dense(block, first, some, scratch, dots, scores)) return carefully(block, member);
+    for (int q = 0; q < some; ++q) {
+      const float* line = scores + q * block_rows;
+      (*tally_)(member.id, first + q, line, block.count);
+      if (visit_ != nullptr) continue;
+      const float cut = (*cut_)[size_t(first + q)];
+      for (int r = 0; r < block.count; ++r)
+        if (line[r] >= cut) push_exact(member, first + q, Candidate{block.first_row + r, line[r], 0});
     }
   }
 }
 
-void Scan::take(const Block& block, const std::vector<float>& cut, Member& member) {
+void Scan::set_thresholds(const Prepared& prepared, Member& member) const {
+  if (!member.stale && member.norm == prepared.largest_norm && member.scale == prepared.largest_scale &&
+      member.shift == prepared.largest_shift)
+    return;
+  member.stale = false;
+  member.norm = prepared.largest_norm;
+  member.scale = prepared.largest_scale;
+  member.shift = prepared.largest_shift;
+  batch_.bound(prepared, member.error.data());
+  for (int q = 0; q < batch_.count; ++q) {
+    const float error = member.error[size_t(q)];
+    float lowest = cut_ != nullptr ? low(double((*cut_)[size_t(q)]), error) : infinity;
+    for (int t = 0; t < threshold_count_; ++t) {
+      const double threshold = thresholds_[int64_t(q) * threshold_count_ + t];
+      const size_t at = size_t(t) * size_t(batch_.padded) + size_t(q);
+      member.low[at] = low(threshold, error);
+      member.high[at] = high(threshold, error);
+      lowest = std::fmin(lowest, member.low[at]);
+    }
+    member.threshold[size_t(q)] = lowest;
+  }
+}
+
+void Scan::take(const Block& block, Member& member) {
+  if (tally_ != nullptr && (visit_ == nullptr || member.dense_blocks > 0)) {
+    --member.dense_blocks;
+    return densely(block, member);
+  }
   Prepared prepared;
-  batch_.kernels.prepare(block, gallery_.storage, batch_.dim, member.scratch.data(), &prepared);
-  if (batch_.overflows(prepared)) return carefully(block, cut, member);
+  batch_.kernels.prepare(block, gallery_.storage, batch_.panels.data(), batch_.count, gallery_.dim, member.scratch.data(),
+                         &prepared);
+  if (batch_.overflows(prepared)) return carefully(block, member);
   prepared.largest_norm = coarse(prepared.largest_norm);
   prepared.largest_scale = coarse(prepared.largest_scale);
   prepared.largest_shift = coarse(prepared.largest_shift);
-  if (member.fresh || member.norm != prepared.largest_norm || member.scale != prepared.largest_scale ||
-      member.shift != prepared.largest_shift) {
-    member.fresh = false;
-    member.norm = prepared.largest_norm;
-    member.scale = prepared.largest_scale;
-    member.shift = prepared.largest_shift;
-    batch_.bound(prepared, member.error.data());
-    for (int q = 0; q < batch_.count; ++q) {
-      if (member.thresholds == nullptr) member.threshold[q] = below(double(cut[q]) - double(member.error[q]));
-      float lowest = infinity;
-      for (int t = 0; t < member.count; ++t) {
-        const double threshold = member.thresholds[int64_t(q) * member.count + t];
-        const int64_t at = int64_t(t) * batch_.padded + q;
-        member.low[at] = low(threshold, member.error[q]);
-        member.high[at] = high(threshold, member.error[q]);
-        lowest = std::fmin(lowest, member.low[at]);
-      }
-      if (member.thresholds != nullptr) member.threshold[q] = lowest;
-    }
+  set_thresholds(prepared, member);
+  Emission to{member.threshold.data(), member.error.data(), batch_.offset.empty() ? nullptr : batch_.offset.data(),
+              buffer_.get(), capacity_, fill_.data(), 0, high_water_, &full_};
+  if (visit_ != nullptr) {
+    to.buffer = member.buffer.data();
+    to.fill = member.fill.data();
+    to.full = nullptr;
   }
-  const Emission to{member.threshold.data(), member.error.data(), batch_.offset.empty() ? nullptr : batch_.offset.data(),
-                    buffer_.get(), capacity_, fill_.data(), high_water_, &full_};
-  if (member.thresholds == nullptr) {
-    batch_.kernels.emit(prepared, batch_.panels.data(), batch_.count, batch_.dim, to);
-  } else {
-    const Counting counting{member.count, member.low.data(), member.high.data(), member.larger.data()};
-    batch_.kernels.count(prepared, batch_.panels.data(), batch_.count, batch_.dim, to, counting);
+  const Counting counting{threshold_count_, member.low.data(), member.high.data(), member.larger.data()};
+  int64_t found = 0;
+  for (int first = 0; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
+    if (visit_ != nullptr) to.base = first;
+    if (thresholds_ != nullptr)
+      batch_.kernels.count(prepared, batch_.panels.data(), batch_.count, gallery_.dim, first, to, counting);
+    else
+      batch_.kernels.emit(prepared, batch_.panels.data(), batch_.count, gallery_.dim, first, to);
+    for (uint32_t fill : member.fill) found += fill;
+    hand_over(member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
   }
+  // One by one, a candidate costs about eight times its share of a block scored as a whole, less so for few queries.
+  const int64_t dearer = batch_.count < 4 ? 2 : 8;
+  if (tally_ != nullptr && dearer * found > int64_t(block.count) * batch_.count) member.dense_blocks = 15;
 }
 
-void Scan::stretches(int64_t first_rows, const std::vector<float>& cut, std::vector<Member>& members, const Settle& settle,
-                     const std::function<void()>& after) {
-  const int64_t blocks = gallery_.blocks(), longest = (int64_t(1) << 31) / block_rows;  // 32-bit counters hold it
-  int64_t begin = 0, length = std::max<int64_t>(1, first_rows / block_rows);
+bool Scan::time_to_ask() {
+  if (!run_.interrupted) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - asked_ < std::chrono::milliseconds(50)) return false;
+  asked_ = now;
+  return true;
+}
+
+// Blocks from begin on, up to end or until a buffer is full; `next` is left at the first block that nobody took.
+void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next) {
+  next = begin;
+  full_ = 0;
   bool interrupted = false;
-  auto asked = std::chrono::steady_clock::now();
-  while (begin < blocks) {
-    const int64_t end = std::min(blocks, begin + std::min(length, longest));
-    std::atomic<int64_t> next{begin};
-    full_ = 0;
-    for (Member& member : members) member.fresh = true;
-    run_.team->run([&](int id) {
-      while (!stop_ && __atomic_load_n(&full_, __ATOMIC_SEQ_CST) == 0) {
-        const int64_t block = next.fetch_add(1);
-        if (block >= end) break;
-        take(gallery_.block(block), cut, members[size_t(id)]);
-        if (id != 0) continue;
-        const auto now = std::chrono::steady_clock::now();
-        if (now - asked < std::chrono::milliseconds(50)) continue;
-        asked = now;
-        if (run_.interrupted && run_.interrupted()) interrupted = stop_ = true;
-      }
-    });
-    if (interrupted) throw Interrupted();
-    if (refused_row_ >= 0) throw std::invalid_argument(refusal_);
-    begin = std::min(end, next.load());
-    length = 3 * begin;
+  for (Member& member : members) member.stale = true;
+  run_.team->run([&](int id) {
+    while (!stop_ && __atomic_load_n(&full_, __ATOMIC_SEQ_CST) == 0) {
+      const int64_t index = next.fetch_add(1);
+      if (index >= end) break;
+      Block block = gallery_.block(index);
+      if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.block(index + run_.team->size()).rows;
+      take(block, members[size_t(id)]);
+      if (id == 0 && ++taken_ % 8 == 0 && time_to_ask() && run_.interrupted()) interrupted = stop_ = true;
+    }
+  });
+  if (interrupted) throw Interrupted();
+  if (refused_row_ >= 0) throw std::invalid_argument(refusal_);
+  if (next > end) next = end;
+}
+
+void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t first_rows, const Settle& settle,
+                  const Tally& tally) {
+  cut_ = &cut;
+  tally_ = tally ? &tally : nullptr;
+  capacity_ = capacity(keep, fresh, run_.team->size());
+  high_water_ = uint32_t(keep + fresh);
+  buffer_.reset(new Candidate[size_t(batch_.count * capacity_)]);
+  fill_.assign(size_t(batch_.count), 0);
+  std::vector<Member> own = members(0);
+  std::atomic<int64_t> next{0};
+  int64_t length = (first_rows + block_rows - 1) / block_rows;
+  while (next < gallery_.blocks()) {
+    stretch(next, std::min(gallery_.blocks(), next + length), own, next);
+    // Fewer candidates come from slow growth, fewer pauses of the team from fast growth.
+    length = batch_.count >= 16 ? int64_t(next) : 3 * next;
+    auto settle_query = [&](int q) { fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]); };
+    if (batch_.count == 1) {
+      settle_query(0);
+      continue;
+    }
     std::atomic<int> next_query{0};
     run_.team->run([&](int) {
-      for (int q; (q = next_query.fetch_add(1)) < batch_.count;)
-        fill_[size_t(q)] = settle(q, buffer_.get() + q * capacity_, fill_[size_t(q)]);
+      for (int q; (q = next_query.fetch_add(1)) < batch_.count;) settle_query(q);
     });
-    after();
   }
 }
 
-void Scan::walk(std::vector<float>& cut, int64_t first_rows, const Settle& settle) {
-  std::vector<Member> members;
-  for (int id = 0; id < run_.team->size(); ++id) members.emplace_back(*this, 0);
-  stretches(first_rows, cut, members, settle, [] {});
+void Scan::visit(const std::vector<float>& cut, const Visit& visit, const Tally& tally) {
+  cut_ = &cut;
+  visit_ = &visit;
+  tally_ = &tally;
+  std::vector<Member> own = members(0);
+  std::atomic<int64_t> next{0};
+  stretch(0, gallery_.blocks(), own, next);
 }
 
-void Scan::walk_counting(const double* thresholds, int count, std::vector<int64_t>& larger, const Settle& settle) {
-  std::vector<Member> members;
-  for (int id = 0; id < run_.team->size(); ++id) {
-    members.emplace_back(*this, count);
-    members.back().thresholds = thresholds;
-    members.back().count = count;
-  }
-  stretches(gallery_.rows(), {}, members, settle, [&] {
-    for (Member& member : members) {
+void Scan::count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit) {
+  thresholds_ = thresholds;
+  threshold_count_ = count;
+  visit_ = &visit;
+  std::vector<Member> own = members(count);
+  std::atomic<int64_t> next{0};
+  while (next < gallery_.blocks()) {
+    const int64_t longest = (int64_t(1) << 31) / block_rows;  // what the kernels' 32-bit counters hold
+    stretch(next, std::min(gallery_.blocks(), next + longest), own, next);
+    for (Member& member : own) {
       for (int q = 0; q < batch_.count; ++q)
         for (int t = 0; t < count; ++t)
           larger[size_t(q) * size_t(count) + size_t(t)] += member.larger[size_t(t) * size_t(batch_.padded) + size_t(q)];
       std::fill(member.larger.begin(), member.larger.end(), 0u);
     }
-  });
+  }
 }
 
 }  // namespace attribution

@@ -1,11 +1,16 @@
-// One walk of a batch of queries over a gallery: the fast kernel proposes candidates, a settle step disposes of them.
+// One walk of a batch of queries over a gallery: the fast kernel proposes candidates, the caller disposes of them.
 //
-// The walk goes in stretches. A stretch ends at a row count that grows geometrically (so that cuts tighten early), or
-// as soon as any query's buffer is filled to its high-water mark. Blocks under way are finished: each adds at most
-// block_rows candidates per query, and the buffer keeps room for one block per thread. So it never overflows, and no
-// input, however ordered, makes the walk repeat a row.
+// `select` gathers candidates of all blocks in one buffer per query. It goes in stretches: a stretch ends at a row
+// count that grows geometrically (so that cuts tighten early), or as soon as any query's buffer is filled to its
+// high-water mark. Blocks under way are finished: each adds at most block_rows candidates per query, and the buffer
+// keeps room for one block per thread. So it never overflows, and no input, however ordered, makes the walk repeat a
+// row.
+//
+// `visit` hands the candidates of each block over at once, while its rows are in cache. Where nearly everything is a
+// candidate, blocks are scored canonically as a whole instead.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -13,8 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "contract.h"
-#include "gallery.h"
+#include "batch.h"
 #include "team.h"
 
 namespace attribution {
@@ -25,85 +29,74 @@ struct Interrupted : std::runtime_error {
 
 // What a call carries through all its walks.
 struct Run {
-  const Kernels* kernels;
+  const InstructionSet* set;
   Team* team;
   std::function<bool()> interrupted;  // asked by the calling thread only
 };
 
-struct AlignedBytes {
-  explicit AlignedBytes(int64_t bytes);
-  unsigned char* data() const { return begin; }
-  std::unique_ptr<unsigned char[]> owner;
-  unsigned char* begin;
-};
-
-// Queries as the kernel reads them, and what their error bounds need.
-class Batch {
- public:
-  // queries: [all, dim]; rows: which of them; offset: [all] or null
-  Batch(const Kernels& kernels, const float* queries, int dim, const std::vector<int64_t>& rows, const float* offset);
-
-  const float* query(int q) const { return queries_.data() + int64_t(q) * dim; }
-
-  // |fast score - canonical score| <= error, for every row of the block. errors: [padded]
-  void bound(const Prepared& prepared, float* errors) const;
-  // Can scores of this block leave the range of float, on the way or at the end?
-  bool overflows(const Prepared& prepared) const;
-
-  // The score of contract.h. Throws std::invalid_argument if it is not a finite float.
-  float canonical(const Gallery& gallery, const Block& row, int q) const;
-
-  const Kernels& kernels;
-  const int dim, count, padded;
-  const std::vector<int64_t> rows;
-  AlignedBytes panels;
-  std::vector<float> offset;  // [padded] or empty
-
- private:
-  std::vector<float> queries_;
-  std::vector<double> norm_;
-  double largest_norm_ = 0, largest_offset_ = 0;
-};
-
 class Scan {
  public:
-  // keep: how many candidates a settle step may leave behind per query; fresh: how many may gather before the next
-  Scan(const Run& run, const Gallery& gallery, const Batch& batch, int64_t keep, int64_t fresh);
+  Scan(const Run& run, const Batch& batch) : run_(run), gallery_(batch.gallery), batch_(batch) {}
 
-  // candidates[0, fill) of one query; returns how many are left, in place. Called for several queries at once.
+  // Gets the scores of one query and one block. Called by one member of the team at a time with that member's number.
+  using Tally = std::function<void(int member, int query, const float* scores, int64_t count)>;
+
+  // Gets candidates[0, fill) of one query and returns how many are left, in place. Called for several queries at once.
   using Settle = std::function<uint32_t(int query, Candidate* candidates, uint32_t fill)>;
 
-  // Only scores >= cut[query] matter; a settle step may raise it. first_rows: length of the first stretch.
-  void walk(std::vector<float>& cut, int64_t first_rows, const Settle& settle);
+  // Candidates have scores >= cut[query]; a settle step may raise it. `settle` leaves at most `keep` of them, and is
+  // called again when about `fresh` more have come.
+  // With a tally, every block is scored canonically, and the tally gets every score.
+  void select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t first_rows, const Settle& settle,
+              const Tally& tally);
+  Candidate* candidates(int query) const { return buffer_.get() + query * capacity_; }
+  uint32_t fill(int query) const { return fill_[size_t(query)]; }
+  static int64_t capacity(int64_t keep, int64_t fresh, int threads) { return keep + fresh + int64_t(threads) * block_rows; }
 
-  // thresholds: [queries][T] -> larger: [queries][T], the certain ones; the others reach the settle step.
-  void walk_counting(const double* thresholds, int count, std::vector<int64_t>& larger, const Settle& settle);
+  // Like a tally, of candidates.
+  using Visit = std::function<void(int member, int query, Candidate* candidates, int64_t count)>;
 
-  const Candidate* candidates(int query) const { return buffer_.get() + query * capacity_; }
-  uint32_t fill(int query) const { return fill_[query]; }
+  // Each block goes either to `visit` or, as a whole, to `tally`.
+  void visit(const std::vector<float>& cut, const Visit& visit, const Tally& tally);
+
+  // thresholds: [queries][count]; larger: [queries][count] gets the certain ones, the others are visited.
+  void count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit);
 
   // The interval in which a fast score does not tell whether it exceeds the threshold.
   static float low(double threshold, float error);
   static float high(double threshold, float error);
 
-  static int64_t capacity(int64_t keep, int64_t fresh, int threads) { return keep + fresh + int64_t(threads) * block_rows; }
-
  private:
   struct Member;
-  void stretches(int64_t first_rows, const std::vector<float>& cut, std::vector<Member>& members, const Settle& settle,
-                 const std::function<void()>& after);
-  void take(const Block& block, const std::vector<float>& cut, Member& member);
-  void carefully(const Block& block, const std::vector<float>& cut, Member& member);
+  void stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next);
+  void take(const Block& block, Member& member);
+  void set_thresholds(const Prepared& prepared, Member& member) const;
+  void carefully(const Block& block, Member& member);
+  void densely(const Block& block, Member& member);
+  void push_exact(Member& member, int query, const Candidate& item);
+  void hand_over(Member& member, int first, int queries);
+  bool time_to_ask();
   void refuse(int64_t row, const std::string& why);
+  std::vector<Member> members(int thresholds);
 
   const Run& run_;
   const Gallery& gallery_;
   const Batch& batch_;
-  const int64_t capacity_;
-  const uint32_t high_water_;
+
+  const std::vector<float>* cut_ = nullptr;
+  const double* thresholds_ = nullptr;
+  int threshold_count_ = 0;
+  const Visit* visit_ = nullptr;
+  const Tally* tally_ = nullptr;
+
+  int64_t capacity_ = block_rows;
+  uint32_t high_water_ = 0;
   std::unique_ptr<Candidate[]> buffer_;
   std::vector<uint32_t> fill_;
   int full_ = 0;
+
+  int64_t taken_ = 0;  // blocks, by the calling thread
+  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
   std::atomic<bool> stop_{false};
   std::mutex refusal_mutex_;
   int64_t refused_row_ = -1;

@@ -1,47 +1,30 @@
-// What a score weighs in the thresholded softmax, and an exact sum of weights.
+// What a score weighs in the thresholded softmax, and exact sums of weights.
 //
 //     weight(score) = max(exp(inv_tau * (score - best)) + b, 0)        arXiv:2306.09345
 //
-// libm's exp differs in the last bit from machine to machine, and a sum of doubles from order to order. This exp is a
-// fixed sequence of roundings, and sums are of 64-bit integers (weight * 2^62) in 128 bits: any order, any
-// partition, any number of threads gives the same bits.
+// libm's exp differs in the last bit from machine to machine, and a sum of doubles from order to order. Ours is in
+// exponential.h, and sums are sums of integers: any order, any partition, any number of threads gives the same bits.
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "contract.h"
+#include "exponential.h"
 
 namespace attribution {
 
 __extension__ typedef unsigned __int128 WeightSum;
 
-// exp(x) for x <= 0, within one unit in the last place.
-inline double exp_of_nonpositive(double x) {
-  if (!(x >= -746.0)) return 0.0;
-  const double n = std::floor(x * 0x1.71547652b82fep+0 + 0.5);
-  const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  return std::ldexp(p, int(n));
-}
+inline double as_double(WeightSum sum) { return double(uint64_t(sum >> 64)) * 0x1p64 + double(uint64_t(sum)); }
 
 struct Calibration {
   double inv_tau;
   double b;
 
   double weight(float score, float best) const {
-    const double value = exp_of_nonpositive(inv_tau * (double(score) - double(best))) + b;
-    return value > 0 ? value : 0;
+    return thresholded<double, int64_t>(inv_tau * (double(score) - double(best)), b);
   }
 
   // No score below this has any weight. Rounded down, with room for the roundings of weight().
@@ -52,9 +35,81 @@ struct Calibration {
   }
 };
 
-inline uint64_t quantized(double weight) { return uint64_t(weight * 0x1p62 + 0.5); }
-inline double as_double(WeightSum sum) {
-  return (double(uint64_t(sum >> 64)) * 0x1p64 + double(uint64_t(sum))) * 0x1p-62;
-}
+// The weights of scores whose best is known: weight * 2^62, rounded.
+struct Mass {
+  WeightSum sum = 0;
+  int64_t count = 0;
+
+  static uint64_t quantized(double weight) { return uint64_t(int64_t(weight * 0x1p62 + 0.5)); }
+
+  void add(double weight) {
+    sum += quantized(weight);
+    count += weight > 0;
+  }
+
+  // Of up to block_rows scores.
+  void add(const InstructionSet& set, const Calibration& calibration, const float* scores, int64_t some, float best) {
+    uint64_t low = 0, high = 0;
+    count += set.weigh(scores, some, calibration.inv_tau, calibration.b, best, &low, &high);
+    sum += (WeightSum(high) << 32) + low;
+  }
+
+  void add(const Mass& other) {
+    sum += other.sum;
+    count += other.count;
+  }
+};
+
+// exp(inv_tau * score) of scores whose best is not known yet. A bin holds 32 powers of two; four bins, 96 powers below
+// the best and more, are all that can matter, whichever order the scores come in.
+class SoftmaxSum {
+ public:
+  // Of up to block_rows scores.
+  void add(const InstructionSet& set, const float* scores, int64_t some, double inv_tau) {
+    double fractions[block_rows];
+    int64_t exponents[block_rows];
+    beyond |= !set.exponentials(scores, some, inv_tau, fractions, exponents);
+    for (int64_t i = 0; i < some && !beyond; ++i) {
+      const int64_t bin = exponents[i] >> 5;
+      if (bin > top) raise(bin);
+      if (top - bin < bins_kept) bins[top - bin] += WeightSum(uint64_t(fractions[i] * 0x1p52)) << (exponents[i] & 31);
+    }
+  }
+
+  void add(const SoftmaxSum& other) {
+    beyond |= other.beyond;
+    if (other.top > top) raise(other.top);
+    for (int64_t i = 0; i < bins_kept; ++i)
+      if (top - other.top + i < bins_kept) bins[top - other.top + i] += other.bins[i];
+  }
+
+  // What is left without the scores of `part`, all of which have been added here.
+  SoftmaxSum without(const SoftmaxSum& part) const {
+    SoftmaxSum rest = *this;
+    for (int64_t i = 0; i < bins_kept; ++i)
+      if (top - part.top + i < bins_kept) rest.bins[top - part.top + i] -= part.bins[i];
+    return rest;
+  }
+
+  // The sum divided by a power of two that depends on `unit` alone.
+  double value(int64_t unit) const {
+    double value = 0;
+    for (int64_t i = bins_kept - 1; i >= 0; --i)
+      value += std::ldexp(as_double(bins[i]), -32 * int(std::fmin(double(unit - top + i), 100.0)));
+    return value;
+  }
+
+  static constexpr int64_t bins_kept = 4;
+  int64_t top = std::numeric_limits<int32_t>::min();  // the bin that bins[0] is
+  WeightSum bins[bins_kept] = {};
+  bool beyond = false;  // a score was too large: the sum is worthless
+
+ private:
+  void raise(int64_t bin) {
+    const int64_t by = bin - top;
+    for (int64_t i = bins_kept - 1; i >= 0; --i) bins[i] = i >= by ? bins[i - by] : 0;
+    top = bin;
+  }
+};
 
 }  // namespace attribution

@@ -1,7 +1,5 @@
 """Retrieval is exact: against a float64 oracle, and bit for bit against the plain reference."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from attribution import similarity
 from tests import oracle
 
 IMPLEMENTATIONS = ("reference", "cpu")
-SHARP: Any = {"inv_tau": 16.0, "b": -0.04}
+SHARP = {"inv_tau": 16.0, "b": -0.04}
 
 
 def both(queries, gallery, **arguments):

@@ -1,7 +1,5 @@
 """Every storage gives the same answer in place, and everything that does not fit is refused by name."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch
 from attribution import similarity
 from tests import oracle
 
-SHARP: Any = {"k": 6, "inv_tau": 16.0, "b": -0.04}
+SHARP = {"k": 6, "inv_tau": 16.0, "b": -0.04}
 
 
 @pytest.fixture

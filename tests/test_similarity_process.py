@@ -139,13 +139,13 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch) -> None:
 
 def test_an_extension_built_from_other_sources_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(similarity, "sources_digest", lambda names: "0" * 64)
-    similarity._extension.cache_clear()
+    similarity.load_extension.cache_clear()
     with pytest.raises(
         ImportError, match=r"stale extension; run: uv sync --reinstall-package attribution-by-cust"
     ):
         similarity.search(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), k=1)
     monkeypatch.undo()
-    similarity._extension.cache_clear()
+    similarity.load_extension.cache_clear()
 
 
 def test_signals_are_left_as_they_were() -> None:

@@ -1,0 +1,58 @@
+// Some queries as the fast kernel reads them, what their error bounds need, and their canonical scores.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "contract.h"
+#include "gallery.h"
+
+namespace attribution {
+
+// Zeros, aligned to a cache line.
+struct AlignedBytes {
+  explicit AlignedBytes(int64_t bytes);
+  unsigned char* data() const { return begin; }
+  std::unique_ptr<unsigned char[]> owner;
+  unsigned char* begin;
+};
+
+class Batch {
+ public:
+  // queries: [all, dim]; rows: which of them; offset: [all] or null
+  Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
+        const float* offset);
+
+  // |fast score - canonical score| <= error for every row of the block, with room for one rounding of score +- error.
+  // errors: [padded]
+  void bound(const Prepared& prepared, float* errors) const;
+  // Can scores of this block leave the range of float, on the way or at the end?
+  bool overflows(const Prepared& prepared) const;
+
+  // Replaces the candidates' scores by the canonical ones, and their errors by 0. Throws std::invalid_argument if one
+  // is not a finite float.
+  void rescore(Candidate* items, int64_t count, int q) const;
+
+  // The canonical scores of a whole block for queries [first, first + some), some <= dense_group. scratch: as the
+  // instruction set wants it; scores: [some][block_rows]. False if one is not finite.
+  static constexpr int dense_group = 32;
+  bool dense(const Block& block, int first, int some, double* scratch, double* dots, float* scores) const;
+
+  const InstructionSet& set;
+  const Gallery& gallery;
+  const std::vector<int64_t> rows;
+  const int count;
+  const Kernels& kernels;
+  const int padded;
+  AlignedBytes panels;
+  std::vector<float> offset;  // [padded] or empty
+
+ private:
+  const float* query(int q) const { return queries_.data() + int64_t(q) * padded_dim(gallery.dim); }
+
+  std::vector<float> queries_;  // [count][padded_dim]
+  std::vector<float> shift_;
+  std::vector<double> norm_;
+  double largest_norm_ = 0, largest_offset_ = 0;
+};
+
+}  // namespace attribution

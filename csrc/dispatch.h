@@ -1,0 +1,12 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "contract.h"
+
+namespace attribution {
+
+// Best first.
+std::vector<std::string> runnable_instruction_sets();
+
+}  // namespace attribution

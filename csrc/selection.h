@@ -1,0 +1,38 @@
+// The top k of what each query has seen so far, and the window of scores that have weight beside the best one.
+#pragma once
+#include <vector>
+
+#include "batch.h"
+#include "part.h"
+
+namespace attribution {
+
+class Selection {
+ public:
+  // calibration: null to search only. window: the most items it keeps beside the top k; a query that would need more
+  // is wide, keeps its top k alone, and has its weights summed in a second walk.
+  Selection(const Batch& batch, int64_t k, const Calibration* calibration, int64_t window);
+
+  // The most that settle() leaves.
+  int64_t keep() const { return k_ + std::max(window_, k_ / 2 + 64); }
+  bool wide(int q) const { return wide_[size_t(q)]; }
+
+  // Drops what has k better items or no weight, returns how many are left and raises the cut. A prefix's k-th best
+  // never exceeds the final one and its best score neither: what falls below both now is out for good.
+  uint32_t settle(int q, Candidate* items, uint32_t fill, float& cut);
+
+  // The same with canonical scores for all that is left: at the end.
+  uint32_t finish(int q, Candidate* items, uint32_t fill, float& cut);
+
+ private:
+  Candidate* drop_hopeless(int q, Candidate* items, Candidate* end, float& cut) const;
+  bool windowed(int q) const { return calibration_ != nullptr && !wide(q); }
+
+  const Batch& batch_;
+  const int64_t k_;
+  const Calibration* calibration_;
+  const int64_t window_;
+  std::vector<char> wide_;
+};
+
+}  // namespace attribution
