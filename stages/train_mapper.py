@@ -67,6 +67,7 @@ class Pairs:
     real: Tensor
     own: Int[np.ndarray, "pairs slots"]
     concepts: Int[np.ndarray, " pairs"]
+    kinds: Int[np.ndarray, " pairs"]
 
     def draw(self, rng: np.random.Generator) -> Int[np.ndarray, " pairs"]:
         """One own exemplar for each synthesized image, evenly from its set."""
@@ -218,7 +219,12 @@ def _epoch(
 def _validate(
     params: Params, heads: list[dict[str, Tensor]], pairs: Pairs, distractors: Tensor
 ) -> tuple[float, float, float]:
-    """Loss, mAP and recall@10 over "these distractors + own exemplars". A monitor; evaluate ranks exactly."""
+    """Loss, mAP and recall@10 over "these distractors + own exemplars". A monitor; evaluate ranks exactly.
+
+    mAP is the geometric mean over the kinds: neither may be given up for the other, however far apart they
+    are. Distractors serve here alone and are no negatives of the loss: all of them lack what exemplars have
+    in common, and a map that learned this would find exemplars, not sources.
+    """
     synth = _forward(params.kind, heads[1], pairs.synth)
     real = _forward(params.kind, heads[0], pairs.real)
     rivals = synth @ _forward(params.kind, heads[0], distractors).T
@@ -235,7 +241,9 @@ def _validate(
     recall = ((ranks <= 10) & used).sum(dim=1) / sizes
     first = torch.from_numpy(pairs.own[:, 0])
     loss = nt_xent(synth, real[first], torch.from_numpy(pairs.concepts), params.temperature)
-    return float(loss), float(average_precision.mean()), float(recall.mean())
+    kinds = torch.from_numpy(pairs.kinds)
+    of_kinds = torch.stack([average_precision[kinds == kind].mean() for kind in kinds.unique()])
+    return float(loss), float(of_kinds.log().mean().exp()), float(recall.mean())
 
 
 def _forward(kind: str, head: dict[str, Tensor], features: Tensor) -> Tensor:
@@ -261,12 +269,12 @@ def _unscale(head: dict[str, Tensor], scale: float) -> dict[str, np.ndarray]:
 def _pairs(queries: Queries, own: np.ndarray, query_set: FeatureSet, real: np.ndarray, scale: float) -> Pairs:
     """Features of these queries and of the exemplars in `own` alone; all divided by `scale`."""
     rows = np.unique(own[own >= 0])
-    _, concepts = np.unique(queries.concept_ids, return_inverse=True)
     return Pairs(
         synth=torch.from_numpy(query_set.select(queries.image_ids) / np.float32(scale)),
         real=torch.from_numpy(real[rows] / np.float32(scale)),
         own=np.where(own < 0, -1, np.searchsorted(rows, own)),
-        concepts=concepts,
+        concepts=np.unique(queries.concept_ids, return_inverse=True)[1],
+        kinds=np.unique(queries.kinds, return_inverse=True)[1],
     )
 
 
