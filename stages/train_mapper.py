@@ -2,7 +2,8 @@
 
 In:   data/features/<backbone>, data/queries.parquet, data/world/exemplars.parquet
 Out:  data/mappers/<backbone>/mapper.safetensors and history.csv;
-      permuted.safetensors: the same training, each concept's images paired with another's exemplars;
+      permuted.safetensors: the same training, each concept's images paired with another's exemplars, one
+      epoch at least;
       whitening.safetensors: no pairs at all.
 Cost: 160 concepts x 20 images, dim 512: about 10 s on 2 cores.
 """
@@ -50,7 +51,7 @@ class Params:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "temperature", "learning_rate", "patience", "whitening_shrinkage"):
+        for name in ("hidden", "temperature", "learning_rate", "epochs", "patience", "whitening_shrinkage"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted > 0, got {getattr(self, name)}")
         if self.batch_size < 2:
@@ -101,7 +102,9 @@ def run(
     pairs = _pairs(train, train.own, query_set, real, scale)
     mapper, history = fit(params, pairs, validation, others, scale, about)
     pairs = _pairs(train, permute_concepts(train, exemplars, params.seed), query_set, real, scale)
-    permuted, _ = fit(params, pairs, validation, others, scale, {**about, "control": "permuted"})
+    # Stopped by true pairs, as the mapper is, but trained in any case: the strongest form of this control.
+    control = {**about, "control": "permuted"}
+    permuted, _ = fit(params, pairs, validation, others, scale, control, keep_from=1)
     white = whitening(distractor_set.vectors(), synth, shrinkage=params.whitening_shrinkage)
     white = dataclasses.replace(white, config={"backbone": backbone, "control": "whitening"})
     for name, found in (("mapper", mapper), ("permuted", permuted), ("whitening", white)):
@@ -119,10 +122,13 @@ def fit(
     distractors: Tensor,
     scale: float,
     about: dict[str, Any],
+    *,
+    keep_from: int = 0,
 ) -> tuple[Mapper, list[tuple[float, ...]]]:
     """The mapper of the epoch with the best validation mAP, and the rest of `HISTORY_COLUMNS` per epoch.
 
-    Epoch 0 is the identity, so that the mapper is never worse than raw features on the validation concepts.
+    Epoch 0 is the identity: the mapper is never worse than raw features on the validation concepts. With
+    `keep_from` 1 it is no candidate.
     """
     if len(np.unique(pairs.concepts)) < 2:
         raise ValueError("train_mapper: wanted at least 2 concepts to train on, got 1: it has no negatives")
@@ -140,10 +146,10 @@ def fit(
         loss = _epoch(params, heads, pairs, rng, optimizer if epoch else None)
         val_loss, val_map, val_recall = _validate(params, heads, validation, distractors)
         history.append((loss, val_loss, val_map, val_recall))
-        if val_map > best_map:
+        if val_map > best_map and epoch >= keep_from:
             best = [{name: tensor.detach().clone() for name, tensor in head.items()} for head in heads]
             best_map, best_epoch = val_map, epoch
-        if epoch - best_epoch >= params.patience:
+        if epoch - max(best_epoch, keep_from) >= params.patience:
             break
     real, synth = (_unscale(head, scale) for head in best)
     return Mapper(params.kind, real, synth, {**about, "epoch": best_epoch}), history
@@ -232,9 +238,9 @@ def _validate(
     used = own >= 0
     scores = torch.einsum("pd,psd->ps", synth, real[own.clamp(min=0)]).masked_fill(~used, -torch.inf)
     scores = scores.sort(dim=1, descending=True).values
-    rivals = rivals.sort(dim=1).values
-    ranks = rivals.shape[1] - torch.searchsorted(rivals, scores) + torch.arange(1, own.shape[1] + 1)
     used = scores > -torch.inf
+    ahead = [(rivals >= level[:, None]).sum(dim=1) for level in scores.T]
+    ranks = torch.stack(ahead, dim=1) + torch.arange(1, own.shape[1] + 1)
     sizes = used.sum(dim=1)
     precision = torch.arange(1, own.shape[1] + 1) / ranks
     average_precision = (precision * used).sum(dim=1) / sizes

@@ -131,9 +131,9 @@ def test_pairs_choose_the_kinds(
     seen = []
     fit = train_mapper.fit
 
-    def watched(*args):
+    def watched(*args, **options):
         seen.append(args[1])
-        return fit(*args)
+        return fit(*args, **options)
 
     monkeypatch.setattr(train_mapper, "fit", watched)
     train(world, tmp_path, pairs=pairs, epochs=1)
@@ -145,6 +145,7 @@ def test_pairs_choose_the_kinds(
     [
         ({"temperature": 0.0}, "temperature: wanted > 0, got 0.0"),
         ({"batch_size": 1}, "batch_size: wanted 2 or more"),
+        ({"epochs": 0}, "epochs: wanted > 0, got 0"),
         ({"kind": "mlp", "orthogonality": 1.0}, "orthogonality: wanted 0 with kind mlp"),
     ],
 )
@@ -165,3 +166,11 @@ def test_one_concept_has_no_negatives(tmp_path: Path) -> None:
 
 def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "train_mapper").kind == "linear"
+
+
+def test_the_permuted_control_is_trained_in_any_case(world: FeatureWorld, tmp_path: Path) -> None:
+    train(world, tmp_path)
+    permuted = Mapper.load(tmp_path / "permuted.safetensors", backbone="toy")
+    assert permuted.config["control"] == "permuted"
+    assert permuted.config["epoch"] >= 1
+    assert not np.array_equal(permuted.real["weight"], np.eye(16))
