@@ -167,7 +167,7 @@ class Call:
     def _default_threads(self) -> int:
         inputs = self.inputs
         products = len(inputs.queries) * inputs.rows * inputs.queries.shape[1]
-        return min(_threads_allowed(), 1 + products // PRODUCTS_PER_THREAD)
+        return min(threads_allowed(), 1 + products // PRODUCTS_PER_THREAD)
 
     def extension_inputs(self) -> tuple[Any, ...]:
         """What every function of the extension takes first."""
@@ -187,7 +187,8 @@ def _positive(value: int, name: str) -> int:
     return int(value)
 
 
-def _threads_allowed() -> int:
+def threads_allowed() -> int:
+    """ATTRIBUTION_THREADS, or else the processors that this process may run on."""
     wanted = os.environ.get("ATTRIBUTION_THREADS", "")
     if not wanted:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,13 +30,13 @@ inline Real exponential(Real x, Real* shifted) {
 }
 
 // max(exp(depth) + b, 0) for depth <= 0. Below -800 there is no double left for exp(depth).
-template <class Real, class Integer>
+template <class Real, class Unsigned>
 inline Real thresholded(Real depth, double b) {
   const Real zero{}, lowest = zero - 800.0;
   const Real x = depth > lowest ? depth : lowest;
   Real shifted;
   const Real fraction = exponential(x, &shifted);
-  Integer bits;
+  Unsigned bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + (1023 + 200)) << 52;
   Real power;  // 2^(exponent + 200), a normal number even where the result is none

@@ -3,6 +3,19 @@
 #include <system_error>
 
 namespace attribution {
+namespace {
+
+// A little longer than it takes to wake a sleeping thread.
+template <class Condition>
+void watch(const Condition& holds) {
+  for (int i = 0; i < 1000 && !holds(); ++i) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+}  // namespace
 
 Team::Team(int threads) {
   for (int member = 1; member < threads; ++member) {
@@ -32,6 +45,7 @@ void Team::run(const std::function<void(int)>& job) {
   }
   begin_.notify_all();
   attempt(0);
+  watch([this] { return busy_ == 0; });
   std::unique_lock<std::mutex> lock(mutex_);
   end_.wait(lock, [this] { return busy_ == 0; });
   if (failure_) {
@@ -43,8 +57,9 @@ void Team::run(const std::function<void(int)>& job) {
 
 void Team::work(int member) {
   int64_t seen = 0;
-  std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
+    watch([&] { return round_ != seen; });
+    std::unique_lock<std::mutex> lock(mutex_);
     begin_.wait(lock, [&] { return closing_ || round_ != seen; });
     if (closing_) return;
     seen = round_;

@@ -1,7 +1,9 @@
 // Threads for the length of one call. Nothing of them outlives it, so a fork between calls finds no dead pool, and
 // interpreter exit has nothing to join.
 #pragma once
+#include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -32,8 +34,9 @@ class Team {
   std::condition_variable begin_, end_;
   const std::function<void(int)>* job_ = nullptr;
   std::exception_ptr failure_;
-  int64_t round_ = 0;
-  int busy_ = 0;
+  // Atomic, because who waits looks at them for some microseconds before it sleeps: a walk has many short rounds.
+  std::atomic<int64_t> round_{0};
+  std::atomic<int> busy_{0};
   bool closing_ = false;
 };
 

@@ -24,7 +24,7 @@ struct Calibration {
   double b;
 
   double weight(float score, float best) const {
-    return thresholded<double, int64_t>(inv_tau * (double(score) - double(best)), b);
+    return thresholded<double, uint64_t>(inv_tau * (double(score) - double(best)), b);
   }
 
   // No score below this has any weight. Rounded down, with room for the roundings of weight().
