@@ -1,0 +1,127 @@
+"""Exact retrieval as this project does it, and as others do: the top k of every query, with influence where they can."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attribution import similarity
+
+INV_TAU, B = 50.0, -0.1  # a window of 0.046 below the best cosine
+SCORE_BYTES = 256 << 20  # what peers may hold of the queries x gallery scores at a time
+
+Search = Callable[[np.ndarray, int], np.ndarray]  # (queries, k) -> ids
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to search. `bytes_per_value` of the gallery it reads; `influence`: normalised over the whole gallery."""
+
+    name: str
+    bytes_per_value: int
+    influence: bool
+    arithmetic: str  # whose peak bounds it: float32 | bfloat16
+    build: Callable[[np.ndarray, int], Search]  # (gallery in float32, threads) -> search
+
+
+def _ours(storage: str, influence: bool) -> Callable[[np.ndarray, int], Search]:
+    def build(gallery: np.ndarray, threads: int) -> Search:
+        dtype = getattr(torch, storage)
+        held = torch.from_numpy(gallery).to(dtype)
+
+        def search(queries: np.ndarray, k: int) -> np.ndarray:
+            asked = torch.from_numpy(queries).to(dtype)
+            if not influence:
+                return similarity.search(asked, held, k=k, threads=threads)[0]
+            return similarity.attribute(asked, held, k=k, inv_tau=INV_TAU, b=B, threads=threads).ids
+
+        return search
+
+    return build
+
+
+def _faiss(blas_threshold: int | None) -> Callable[[np.ndarray, int], Search]:
+    def build(gallery: np.ndarray, threads: int) -> Search:
+        import faiss
+
+        index = faiss.IndexFlatIP(gallery.shape[1])
+        index.add(gallery)
+        stock = faiss.cvar.distance_compute_blas_threshold
+
+        def search(queries: np.ndarray, k: int) -> np.ndarray:
+            faiss.omp_set_num_threads(threads)
+            faiss.cvar.distance_compute_blas_threshold = stock if blas_threshold is None else blas_threshold
+            return index.search(queries, k)[1]
+
+        return search
+
+    return build
+
+
+def _torch(dtype: torch.dtype) -> Callable[[np.ndarray, int], Search]:
+    def build(gallery: np.ndarray, threads: int) -> Search:
+        held = torch.from_numpy(gallery).to(dtype)
+        together = max(1, SCORE_BYTES // (len(gallery) * held.element_size()))
+
+        def search(queries: np.ndarray, k: int) -> np.ndarray:
+            torch.set_num_threads(threads)
+            ids = []
+            for some in torch.from_numpy(queries).to(dtype).split(together):
+                scores = some @ held.T
+                ids.append(scores.topk(k, dim=1).indices)
+                torch.logsumexp(scores * INV_TAU, dim=1)
+            return torch.cat(ids).numpy()
+
+        return search
+
+    return build
+
+
+def _numpy(gallery: np.ndarray, threads: int) -> Search:
+    together = max(1, SCORE_BYTES // (len(gallery) * 4))
+
+    def search(queries: np.ndarray, k: int) -> np.ndarray:
+        found = []
+        for first in range(0, len(queries), together):
+            scores = queries[first : first + together] @ gallery.T
+            ids = np.argpartition(scores, -k, axis=1)[:, -k:]
+            order = np.argsort(-np.take_along_axis(scores, ids, 1), axis=1)
+            found.append(np.take_along_axis(ids, order, 1))
+        return np.concatenate(found)
+
+    return search
+
+
+def _usearch(gallery: np.ndarray, threads: int) -> Search:
+    from usearch.index import MetricKind
+    from usearch.index import search as exact_search
+
+    def search(queries: np.ndarray, k: int) -> np.ndarray:
+        matches = exact_search(gallery, queries, k, MetricKind.IP, exact=True, threads=threads)
+        return np.asarray(matches.keys).reshape(len(queries), k).astype(np.int64)
+
+    return search
+
+
+def methods() -> list[Method]:
+    """All that can run here; this project's first."""
+    found = [
+        Method("ours bfloat16", 2, True, "bfloat16", _ours("bfloat16", True)),
+        Method("ours bfloat16, search only", 2, False, "bfloat16", _ours("bfloat16", False)),
+        Method("ours float16", 2, True, "bfloat16", _ours("float16", True)),
+        Method("ours float32", 4, True, "float32", _ours("float32", True)),
+        Method("torch bfloat16", 2, True, "bfloat16", _torch(torch.bfloat16)),
+        Method("torch float32", 4, True, "float32", _torch(torch.float32)),
+        Method("numpy float32", 4, False, "float32", _numpy),
+    ]
+    if importlib.util.find_spec("faiss"):
+        found += [
+            Method("faiss IndexFlatIP", 4, False, "float32", _faiss(None)),
+            Method("faiss IndexFlatIP, always BLAS", 4, False, "float32", _faiss(1)),
+            Method("faiss IndexFlatIP, never BLAS", 4, False, "float32", _faiss(1 << 30)),
+        ]
+    if importlib.util.find_spec("usearch"):
+        found.append(Method("usearch exact float32", 4, False, "float32", _usearch))
+    return found
