@@ -1,10 +1,10 @@
-"""Exact retrieval against what others offer, in one interleaved run: a table, a JSON file and a roofline plot.
+"""Exact retrieval against what others offer, interleaved: a table, a JSON file and a roofline plot.
 
-    uv run --group benchmarks python -m benchmarks.similarity [--rows 500000] [--dims 512] [--queries 1 32 256]
+    uv run --group benchmarks python -m benchmarks.similarity [--rows 500000] [--dims 512] [--queries 1 32]
 
 Each figure is the least of several attempts: wall time, and processor time of all threads, which other
-processes disturb less. Beside it stands the fraction of this machine's own limit: the time to read the gallery
-once, or to do its multiply-adds at peak, whichever is longer.
+processes disturb less. Beside it stands the fraction of this machine's own limit: the time to read the
+gallery once, or to do its multiply-adds at peak, whichever is longer.
 """
 
 import argparse

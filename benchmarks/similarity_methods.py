@@ -1,4 +1,4 @@
-"""Exact retrieval as this project does it, and as others do: the top k of every query, with influence where they can."""
+"""Exact retrieval as this project does it, and as others do: the top k, with influence where they can."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,10 +17,10 @@ Search = Callable[[np.ndarray, int], np.ndarray]  # (queries, k) -> ids
 
 @dataclass(frozen=True)
 class Method:
-    """One way to search. `bytes_per_value` of the gallery it reads; `influence`: normalised over the whole gallery."""
+    """One way to search. `influence`: it also normalises over the whole gallery."""
 
     name: str
-    bytes_per_value: int
+    bytes_per_value: int  # of the gallery as it reads it
     influence: bool
     arithmetic: str  # whose peak bounds it: float32 | bfloat16
     build: Callable[[np.ndarray, int], Search]  # (gallery in float32, threads) -> search
