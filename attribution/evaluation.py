@@ -25,6 +25,11 @@ from attribution.ranking import (
 )
 
 HEADLINE = ("recall_at_10", "mean_average_precision")
+# What the differences are taken of: each mapper against what it must beat.
+GAINS = {
+    "mapped": ("raw", "whitening", "permuted"),
+    "own_kind": ("raw", "whitening", "own_kind_permuted", "mapped"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,22 @@ def rank(vectors: Vectors, queries: Queries, gallery_sizes: Sequence[int]) -> Ra
     return Ranks(by_size, ranks_from_rivals(rivals + others, scores))
 
 
+def rank_by_kind(
+    raw: Vectors, mappers: Mapping[str, Mapper], queries: Queries, gallery_sizes: Sequence[int]
+) -> Ranks:
+    """Ranks of the queries of each kind in the space of that kind's mapper."""
+    hard = np.empty_like(queries.own)
+    by_size: dict[int, np.ndarray] = {}
+    for kind, mapper in mappers.items():
+        rows = np.flatnonzero(queries.kinds == kind)
+        asked = dataclasses.replace(raw, queries=raw.queries[rows])
+        found = rank(asked.map(mapper), queries.take(rows), gallery_sizes)
+        hard[rows] = found.hard
+        for size, ranks in found.by_size.items():
+            by_size.setdefault(size, np.empty_like(queries.own))[rows] = ranks
+    return Ranks(by_size, hard)
+
+
 def tabulate(
     ranks: Mapping[str, np.ndarray],
     queries: Queries,
@@ -98,15 +119,14 @@ def tabulate(
 ) -> dict[str, Any]:
     """Metrics nested as <kind>.<seen|unseen>.<prompt kind>.<variant>.<metric>, and <kind>.all.<variant>...
 
-    `ranks` by variant, among them "mapped", in galleries of these sizes. Beside each metric stands its
-    interval [low, high]; beside the variants stand ceiling, chance, and what mapped gains over each other
-    variant, with the interval of the paired difference.
+    `ranks` by variant, in galleries of these sizes. Beside each metric stands its interval [low, high];
+    beside the variants stand ceiling, chance and the differences of `GAINS`, paired by query.
     """
     names = [*(f"recall_at_{k}" for k in recall_ks), "mean_average_precision"]
     headline = [names.index(name) for name in HEADLINE]
     values = {variant: _metrics(one, recall_ks) for variant, one in ranks.items()}
     fixed = {
-        "ceiling": _ceiling(ranks["mapped"], recall_ks),
+        "ceiling": _ceiling(next(iter(ranks.values())), recall_ks),
         "chance": _chance(queries.sizes, gallery_sizes, recall_ks),
     }
     tables: dict[str, Any] = {}
@@ -117,9 +137,10 @@ def tabulate(
             cell[variant] = _means(names, columns[mask])
         for variant, columns in values.items():
             cell[variant] = _means_with_intervals(names, columns[mask], models, intervals)
-            if variant != "mapped":
-                gain = (values["mapped"] - columns)[mask][:, headline]
-                cell[f"mapped_minus_{variant}"] = _means_with_intervals(HEADLINE, gain, models, intervals)
+        for variant, others in GAINS.items():
+            for other in others:
+                gain = (values[variant] - values[other])[mask][:, headline]
+                cell[f"{variant}_minus_{other}"] = _means_with_intervals(HEADLINE, gain, models, intervals)
         table = tables
         for step in path[:-1]:
             table = table.setdefault(step, {})

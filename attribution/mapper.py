@@ -81,21 +81,33 @@ class Mapper:
         """Features of synthesized images (queries) in the space of scores; rows of length 1."""
         return self._map(self.synth, features)
 
-    def save(self, path: Path | str) -> None:
-        """The safetensors file holds both heads, and kind and config in its metadata: equal if they are."""
-        tensors = {
-            f"{side}.{name}": np.ascontiguousarray(tensor, dtype=np.float32)
-            for side, head in (("real", self.real), ("synth", self.synth))
-            for name, tensor in head.items()
+    def save(self, path: Path | str, *, own_kind: Mapping[str, Mapper] | None = None) -> None:
+        """The safetensors file holds both heads, with kind and config in its metadata: equal if they are.
+
+        `own_kind` are mappers that were trained on pairs of one kind of concept alone, stored beside it.
+        """
+        others = own_kind or {}
+        tensors = _tensors("", self)
+        for name, mapper in others.items():
+            tensors |= _tensors(f"{name}.", mapper)
+        config = {
+            **_described(self),
+            "own_kind": {name: _described(mapper) for name, mapper in others.items()},
         }
         # One metadata key: safetensors writes several in an order that changes from run to run.
-        config = json.dumps({**self.config, "kind": self.kind}, sort_keys=True)
         with atomic_path(path) as partial:
-            save_file(tensors, partial, metadata={"config": config})
+            save_file(tensors, partial, metadata={"config": json.dumps(config, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: Path | str, *, backbone: str | None = None, dim: int | None = None) -> Mapper:
-        """The mapper in the file.
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        backbone: str | None = None,
+        dim: int | None = None,
+        own_kind: str | None = None,
+    ) -> Mapper:
+        """The mapper in the file; with `own_kind`, the one trained on that kind alone, where there is one.
 
         Raises FileNotFoundError, or ValueError naming the file: not a mapper, or one for another backbone or
         dim than is asked for.
@@ -108,10 +120,14 @@ class Mapper:
             raise FileNotFoundError(f"{path}: no such file; run: dvc repro train_mapper") from None
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a mapper: {error}") from error
+        others = config.pop("own_kind", {})
+        prefix = ""
+        if own_kind in others:
+            prefix, config = f"{own_kind}.", others[own_kind]
         kind = config.pop("kind", None)
-        heads = {side: _strip(tensors, f"{side}.") for side in ("real", "synth")}
         if kind not in get_args(Kind):
             raise ValueError(f"{path}: wanted a mapper of kind {' | '.join(get_args(Kind))}, got {kind!r}")
+        heads = {side: _strip(tensors, f"{prefix}{side}.") for side in ("real", "synth")}
         try:
             mapper = cls(kind, heads["real"], heads["synth"], config)
         except ValueError as error:
@@ -201,6 +217,18 @@ def _check_head(side: str, kind: str, head: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"mapper: {side}.{name}: wanted shape {shapes[name]}, got {tensor.shape}")
         if not np.isfinite(tensor).all():
             raise ValueError(f"mapper: {side}.{name}: holds NaN or infinity")
+
+
+def _tensors(prefix: str, mapper: Mapper) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}{side}.{name}": np.ascontiguousarray(tensor, dtype=np.float32)
+        for side, head in (("real", mapper.real), ("synth", mapper.synth))
+        for name, tensor in head.items()
+    }
+
+
+def _described(mapper: Mapper) -> dict[str, Any]:
+    return {**mapper.config, "kind": mapper.kind}
 
 
 def _strip(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

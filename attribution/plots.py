@@ -24,6 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "raw": {"color": "#d55e00", "marker": "s"},
     "whitening": {"color": "#009e73", "linestyle": "--"},
     "permuted": {"color": "#cc79a7", "linestyle": "--"},
+    "own_kind": {"color": "#56b4e9", "marker": "^"},
+    "own_kind_permuted": {"color": "#e69f00", "linestyle": "--"},
     "chance": {"color": "#777777", "linestyle": ":"},
     "ceiling": {"color": "#000000", "linestyle": ":"},
 }

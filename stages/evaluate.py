@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.calibrator import Calibrator
-from attribution.evaluation import Intervals, Ranks, Vectors, rank, tabulate
+from attribution.evaluation import Intervals, Ranks, Vectors, rank, rank_by_kind, tabulate
 from attribution.files import atomic_path, read_json, write_json
 from attribution.mapper import Mapper
 from attribution.params import load_params
@@ -36,7 +36,12 @@ from attribution.similarity import Attribution, attribute
 from stages import tracking
 from stages.page import write_page
 
-CONTROLS = ("whitening", "permuted")
+# "own_kind": each kind of concept by the mapper that was trained on pairs of that kind alone.
+OWN_KIND = {"own_kind": "mapper.safetensors", "own_kind_permuted": "permuted.safetensors"}
+FILES = {
+    "mapped": "mapper.safetensors",
+    **{name: f"{name}.safetensors" for name in ("whitening", "permuted")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,10 @@ def run(
     ranks = {
         variant: rank(raw.map(mapper), queries, params.gallery_sizes) for variant, mapper in mappers.items()
     }
+    kinds = np.unique(queries.kinds).tolist()
+    for variant, file in OWN_KIND.items():
+        own_kind = {kind: Mapper.load(mapper_dir / file, backbone=backbone, own_kind=kind) for kind in kinds}
+        ranks[variant] = rank_by_kind(raw, own_kind, queries, params.gallery_sizes)
     # The last one is the fitted calibrator: what it says is the result.
     attributions = {
         name: attribute_all(raw.map(mappers["mapped"]), calibrator, params.top_k)
@@ -139,10 +148,8 @@ def run(
 
 def load_mappers(folder: Path, backbone: str, dim: int) -> dict[str, Mapper]:
     """The mapper of each variant; raw is the identity."""
-    files = {"mapped": "mapper", **{control: control for control in CONTROLS}}
     loaded = {
-        variant: Mapper.load(folder / f"{file}.safetensors", backbone=backbone, dim=dim)
-        for variant, file in files.items()
+        variant: Mapper.load(folder / file, backbone=backbone, dim=dim) for variant, file in FILES.items()
     }
     return {"raw": Mapper.identity(dim), **loaded}
 
@@ -234,7 +241,7 @@ def plot_gallery_size(
                 queries,
                 params,
             )
-            for name in ("raw", "mapped")
+            for name in ("raw", "mapped", "own_kind")
         }
     title = f"{backbone}: recall@10 as the gallery grows"
     plot_curves(path, panels, title=title, x_label="distractors", y_label="recall@10")

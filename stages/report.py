@@ -14,11 +14,12 @@ from typing import Any
 from attribution.files import atomic_path, read_json
 
 NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
+RECALL_COLUMNS = ("raw", "whitening", "mapped", "permuted", "own_kind", "own_kind_permuted")
 TITLES = {"object": "Objects", "style": "Styles"}
 
 
 def render_tables(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table per kind: one row per backbone, best mapped recall first, weightless controls last."""
+    """A Markdown table per kind: one row per backbone, best of own kind first, weightless controls last."""
     return "\n\n".join(
         _table(kind, [result for result in results if kind in result])
         for kind in TITLES
@@ -86,22 +87,18 @@ def _table(kind: str, results: Sequence[Mapping[str, Any]]) -> str:
         f"{gallery['distractors']:,} distractors. Recall@10: "
         f"ceiling {_number(cell['ceiling']['recall_at_10'])}, chance {cell['chance']['recall_at_10']:.4f}.",
         "",
-        "| backbone | Recall@10 raw | mapped | mapped - raw | whitening | permuted | mapped, hard gallery | "
-        "mAP raw | mAP mapped |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| backbone | Recall@10 raw | whitening | mapped | permuted | own kind | own kind, permuted | "
+        "own kind - raw | own kind, hard gallery | mAP raw | mAP mapped | mAP own kind |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda result: _order(result, kind)):
         cell, hard = result[kind]["all"], result["hard_gallery"][kind]["all"]
         columns = [
             result["backbone"] + (" (control)" if result["backbone"] in NO_WEIGHTS else ""),
-            _with_interval(cell["raw"], "recall_at_10"),
-            _with_interval(cell["mapped"], "recall_at_10"),
-            _with_interval(cell["mapped_minus_raw"], "recall_at_10", sign=True),
-            _with_interval(cell["whitening"], "recall_at_10"),
-            _with_interval(cell["permuted"], "recall_at_10"),
-            _with_interval(hard["mapped"], "recall_at_10"),
-            _with_interval(cell["raw"], "mean_average_precision"),
-            _with_interval(cell["mapped"], "mean_average_precision"),
+            *(_with_interval(cell[name], "recall_at_10") for name in RECALL_COLUMNS),
+            _with_interval(cell["own_kind_minus_raw"], "recall_at_10", sign=True),
+            _with_interval(hard["own_kind"], "recall_at_10"),
+            *(_with_interval(cell[name], "mean_average_precision") for name in ("raw", "mapped", "own_kind")),
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
@@ -110,7 +107,7 @@ def _table(kind: str, results: Sequence[Mapping[str, Any]]) -> str:
 def _order(result: Mapping[str, Any], kind: str) -> tuple[bool, float, str]:
     return (
         result["backbone"] in NO_WEIGHTS,
-        -result[kind]["all"]["mapped"]["recall_at_10"],
+        -result[kind]["all"]["own_kind"]["recall_at_10"],
         result["backbone"],
     )
 

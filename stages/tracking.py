@@ -20,7 +20,7 @@ from typing import Any
 from attribution.files import content_key, read_json
 
 EXPERIMENT = "attribution"
-VARIANTS = ("raw", "mapped", "whitening", "permuted", "chance", "ceiling")
+VARIANTS = ("raw", "mapped", "own_kind", "whitening", "permuted", "own_kind_permuted", "chance", "ceiling")
 
 
 def log_result(

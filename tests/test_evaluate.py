@@ -63,6 +63,11 @@ def write_learned(world: FeatureWorld) -> None:
     ):
         mapper = dataclasses.replace(mapper, config={"backbone": "toy", "temperature": 0.1})
         mapper.save(world.root / "mapper" / f"{name}.safetensors")
+    mapper = Mapper.load(world.root / "mapper" / "mapper.safetensors")
+    mapper.save(
+        world.root / "mapper" / "mapper.safetensors",
+        own_kind={"style": Mapper.load(world.root / "mapper" / "permuted.safetensors")},
+    )
     before = {"inv_tau": 1.0, "b": 0.0}
     Calibrator(20.0, -0.05).save(world.root / "calibrator.json", before=before, backbone="toy")
 
@@ -129,6 +134,8 @@ def test_every_number_stands_with_its_interval_ceiling_and_controls(done: Evalua
     assert set(cell) == {
         *("queries", "customized_models", "raw", "mapped", "whitening", "permuted", "chance", "ceiling"),
         *("mapped_minus_raw", "mapped_minus_whitening", "mapped_minus_permuted"),
+        *("own_kind", "own_kind_permuted", "own_kind_minus_raw", "own_kind_minus_mapped"),
+        *("own_kind_minus_whitening", "own_kind_minus_own_kind_permuted"),
     }
     for variant in ("raw", "mapped", "whitening", "permuted"):
         for name in ("recall_at_1", "recall_at_5", "recall_at_10", "recall_at_100", "mean_average_precision"):
@@ -147,6 +154,15 @@ def test_every_number_stands_with_its_interval_ceiling_and_controls(done: Evalua
         hard["mapped"]["mean_average_precision"]
         < done.metrics["object"]["all"]["mapped"]["mean_average_precision"]
     )
+
+
+def test_own_kind_is_each_kind_by_its_own_mapper(done: Evaluated) -> None:
+    """Styles have a mapper of their own here, the identity; objects have none and take the main one."""
+    for tables in (done.metrics, done.metrics["hard_gallery"]):
+        assert tables["style"]["all"]["own_kind"] == tables["style"]["all"]["raw"]
+        assert tables["object"]["all"]["own_kind"] == tables["object"]["all"]["mapped"]
+        assert tables["object"]["all"]["mapped"] != tables["object"]["all"]["raw"]
+        assert tables["style"]["all"]["own_kind_minus_raw"]["recall_at_10"] == 0
 
 
 def test_attributions_hold_what_similarity_says_of_the_full_gallery(done: Evaluated) -> None:

@@ -139,3 +139,15 @@ def test_files_that_are_no_mapper_are_named(tmp_path: Path) -> None:
         Mapper.load(path, backbone="ssl")
     with pytest.raises(ValueError, match=r"m.safetensors: wanted a mapper for dim 7, got one for 6"):
         Mapper.load(path, dim=7)
+
+
+def test_mappers_of_one_kind_are_stored_beside_the_main_one(tmp_path: Path) -> None:
+    main, style = any_mapper("linear"), any_mapper("scale")
+    main.save(tmp_path / "m", own_kind={"style": style})
+    x = features()
+    assert np.array_equal(Mapper.load(tmp_path / "m", backbone="clip").map_real(x), main.map_real(x))
+    found = Mapper.load(tmp_path / "m", backbone="clip", own_kind="style")
+    assert (found.kind, found.config) == ("scale", style.config)
+    assert np.array_equal(found.map_synth(x), style.map_synth(x))
+    # A kind without its own is served by the main one.
+    assert np.array_equal(Mapper.load(tmp_path / "m", own_kind="object").map_real(x), main.map_real(x))

@@ -22,7 +22,7 @@ def numbers(value: float) -> dict:
 
 
 def result(backbone: str, mapped: float) -> dict:
-    variants = {
+    variants = {"own_kind": mapped, "own_kind_permuted": 0.1, "own_kind_minus_raw": mapped - 0.2} | {
         "raw": 0.2,
         "mapped": mapped,
         "whitening": 0.25,

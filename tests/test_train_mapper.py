@@ -136,8 +136,19 @@ def test_pairs_choose_the_kinds(
         return fit(*args, **options)
 
     monkeypatch.setattr(train_mapper, "fit", watched)
-    train(world, tmp_path, pairs=pairs, epochs=1)
+    main, _ = train(world, tmp_path, pairs=pairs, epochs=1)
     assert len(np.unique(seen[0].concepts)) == concepts
+    # Beside it stand mappers of each kind, unless the main one is that already.
+    for kind in ("object", "style"):
+        own = Mapper.load(tmp_path / "mapper.safetensors", own_kind=kind)
+        assert own.config["pairs"] == kind
+        assert np.array_equal(own.real["weight"], main.real["weight"]) == (pairs == kind)
+
+
+def test_pairs_of_a_kind_that_is_not_there(tmp_path: Path) -> None:
+    world = make_world(tmp_path, objects=10, styles=0)
+    with pytest.raises(ValueError, match=r"queries.parquet: wanted train and val queries of kind style"):
+        train(world, tmp_path / "out", pairs="style")
 
 
 @pytest.mark.parametrize(
