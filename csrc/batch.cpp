@@ -13,12 +13,12 @@ AlignedBytes::AlignedBytes(int64_t bytes) : owner(new unsigned char[size_t(bytes
 }
 
 Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
-             const float* offset)
+             const float* offset, bool precise)
     : set(set),
       gallery(gallery),
       rows(rows),
       count(int(rows.size())),
-      kernels(*set.kernels(gallery.storage, count)),
+      kernels(*set.kernels(gallery.storage, count, precise)),
       padded((count + kernels.pad - 1) / kernels.pad * kernels.pad),
       panels(kernels.panel_bytes(padded, gallery.dim)),
       offset(offset ? size_t(padded) : 0, 0.0f),

@@ -20,7 +20,7 @@ class Batch {
  public:
   // queries: [all, dim]; rows: which of them; offset: [all] or null
   Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
-        const float* offset);
+        const float* offset, bool precise = false);
 
   // |fast score - canonical score| <= error for every row of the block, with room for one rounding of score +- error.
   // errors: [padded]

@@ -94,7 +94,8 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
-  const Kernels* (*kernels)(Storage storage, int queries);
+  // precise: with float32 arithmetic, where half of it would be faster
+  const Kernels* (*kernels)(Storage storage, int queries, bool precise);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);

@@ -152,17 +152,17 @@ void count_larger(const Gallery& gallery, const Queries& queries, const double* 
   Team team(useful_threads(limits, gallery));
   const Run run{choose_instruction_set(), &team, interrupted};
   for (const std::vector<int64_t>& rows : batches(all_of(queries), limits.query_batch)) {
-    const Batch batch(*run.set, gallery, queries.values, rows, queries.offset);
     const double* levels = thresholds + rows[0] * count;
     const size_t size = rows.size() * size_t(count);
     std::vector<int64_t> certain(size, 0);
     std::vector<std::vector<int64_t>> settled(size_t(team.size()), std::vector<int64_t>(size, 0));
-    Scan(run, batch).count(levels, count, certain, [&](int member, int q, Candidate* items, int64_t found) {
+    const Batch* current = nullptr;
+    const Scan::Visit settle = [&](int member, int q, Candidate* items, int64_t found) {
       // Candidates of the careful path come with canonical scores and were counted nowhere.
       const float error = items->error;
       std::vector<float> fast(static_cast<size_t>(found));
       std::transform(items, items + found, fast.begin(), [](const Candidate& item) { return item.score; });
-      if (error != 0) batch.rescore(items, found, q);
+      if (error != 0) current->rescore(items, found, q);
       for (int t = 0; t < count; ++t) {
         const size_t at = size_t(q) * size_t(count) + size_t(t);
         const double level = levels[at];
@@ -173,7 +173,15 @@ void count_larger(const Gallery& gallery, const Queries& queries, const double* 
           settled[size_t(member)][at] += or_equal ? score >= level : score > level;
         }
       }
-    });
+    };
+    // Levels amid the bulk of the scores leave the half-precision filter unsure so often that float32 is faster.
+    int64_t block = 0;
+    for (const bool precise : {false, true}) {
+      const Batch batch(*run.set, gallery, queries.values, rows, queries.offset, precise);
+      current = &batch;
+      block = Scan(run, batch).count(levels, count, certain, settle, block, precise ? 1.0 : 0.004);
+      if (block == gallery.blocks()) break;
+    }
     for (size_t i = 0; i < size; ++i) {
       larger[rows[0] * count + int64_t(i)] = certain[i];
       for (const std::vector<int64_t>& part : settled) larger[rows[0] * count + int64_t(i)] += part[i];

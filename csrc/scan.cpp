@@ -58,6 +58,7 @@ struct Scan::Member {
   std::vector<uint32_t> larger;
   std::vector<Candidate> buffer;  // [group][block_rows], when visiting
   std::vector<uint32_t> fill;     // [group]
+  int64_t visited = 0;
   int base = 0;
   AlignedBytes dense{0};  // scratch for densely()
   int dense_blocks = 0;   // how many more to score whole
@@ -102,6 +103,7 @@ void Scan::hand_over(Member& member, int first, int queries) {
   if (visit_ == nullptr) return;
   for (int q = 0; q < queries; ++q) {
     uint32_t& fill = member.fill[size_t(q)];
+    member.visited += fill;
     if (fill != 0) (*visit_)(member.id, first + q, member.buffer.data() + q * block_rows, fill);
     fill = 0;
   }
@@ -276,22 +278,27 @@ void Scan::visit(const std::vector<float>& cut, const Visit& visit, const Tally&
   stretch(0, gallery_.blocks(), own, next);
 }
 
-void Scan::count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit) {
+int64_t Scan::count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit,
+                    int64_t first_block, double most_visited) {
   thresholds_ = thresholds;
   threshold_count_ = count;
   visit_ = &visit;
   std::vector<Member> own = members(count);
-  std::atomic<int64_t> next{0};
-  while (next < gallery_.blocks()) {
-    const int64_t longest = (int64_t(1) << 31) / block_rows;  // what the kernels' 32-bit counters hold
-    stretch(next, std::min(gallery_.blocks(), next + longest), own, next);
+  std::atomic<int64_t> next{first_block};
+  const int64_t longest = (int64_t(1) << 31) / block_rows;  // what the kernels' 32-bit counters hold
+  for (int64_t length = 64; next < gallery_.blocks(); length = std::min(2 * length, longest)) {
+    stretch(next, std::min(gallery_.blocks(), next + length), own, next);
+    int64_t visited = 0;
     for (Member& member : own) {
+      visited += member.visited;
       for (int q = 0; q < batch_.count; ++q)
         for (int t = 0; t < count; ++t)
           larger[size_t(q) * size_t(count) + size_t(t)] += member.larger[size_t(t) * size_t(batch_.padded) + size_t(q)];
       std::fill(member.larger.begin(), member.larger.end(), 0u);
     }
+    if (double(visited) > most_visited * double(next - first_block) * block_rows * batch_.count) break;
   }
+  return next;
 }
 
 }  // namespace attribution

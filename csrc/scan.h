@@ -59,8 +59,10 @@ class Scan {
   // Each block goes either to `visit` or, as a whole, to `tally`.
   void visit(const std::vector<float>& cut, const Visit& visit, const Tally& tally);
 
-  // thresholds: [queries][count]; larger: [queries][count] gets the certain ones, the others are visited.
-  void count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit);
+  // thresholds: [queries][count]; larger: [queries][count] gets the certain ones, the others are visited. Begins at
+  // first_block; stops early where more than this share of the scores is visited. Returns the block it came to.
+  int64_t count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit, int64_t first_block,
+                double most_visited);
 
   // The interval in which a fast score does not tell whether it exceeds the threshold.
   static float low(double threshold, float error);
