@@ -100,7 +100,7 @@ def measure_case(
     found = []
     for method in chosen:
         row = best[method.name]
-        # Rounded storage moves a few neighbours; an answer to another question does not agree at all.
+        # Rounded storage moves a few neighbours; who answers another question does not agree at all.
         agreement = np.mean(
             [len(np.intersect1d(a, b)) / k for a, b in zip(row["ids"], reference, strict=True)]
         )
