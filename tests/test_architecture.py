@@ -137,6 +137,13 @@ def test_tracked_files_hold_no_pickle_and_no_lock_and_stay_small() -> None:
     assert sum(sizes.values()) < 40e6, sorted(sizes.items(), key=lambda item: -item[1])[:10]
 
 
+@pytest.mark.parametrize("stage", [name for name, one in stage_definitions().items() if one.get("frozen")])
+def test_a_frozen_stage_keeps_the_parameters_of_what_is_shipped(stage: str) -> None:
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"][stage]["params"]["params.yaml"]
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert {section: params[section] for section in locked} == locked, f"params.yaml: run stages.{stage} anew"
+
+
 def test_the_graph_in_the_readme_is_the_graph() -> None:
     command = [str(Path(sys.executable).with_name("dvc")), "dag", "--md", "evaluate@clip"]
     drawn = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
