@@ -14,6 +14,12 @@ from typing import Any
 from attribution.files import atomic_path, read_json
 
 NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
+LEGEND = (
+    "Means with 95 % intervals, resampled by customized model. *Raw*: the backbone's features. *Whitening*: both "
+    "sides whitened, no pairs. *Mapped*: one mapper from pairs of both kinds; *own kind*: one from pairs of this "
+    "kind alone. *Permuted*: the same training, each concept paired with another's exemplars. *Hard gallery*: the "
+    "exemplars of all other concepts compete too."
+)
 RECALL_COLUMNS = ("raw", "whitening", "mapped", "permuted", "own_kind", "own_kind_permuted")
 TITLES = {"object": "Objects", "style": "Styles"}
 

@@ -46,7 +46,7 @@ def test_the_readme_holds_the_table_of_the_metrics() -> None:
     tables, _, note = shown.rpartition("\n\n")
     assert tables == render_tables(results), "README.md: run: python -m stages.report"
     if results:
-        assert re.search(r"made at commit [0-9a-f]{10}", note)
+        assert re.search(r"Made at commit [0-9a-f]{10}", note)
 
 
 def test_the_readme_holds_the_gates_of_the_metrics() -> None:
