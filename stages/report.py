@@ -15,10 +15,10 @@ from attribution.files import atomic_path, read_json
 
 NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
 LEGEND = (
-    "Means with 95 % intervals, resampled by customized model. *Raw*: the backbone's features. *Whitening*: both "
-    "sides whitened, no pairs. *Mapped*: one mapper from pairs of both kinds; *own kind*: one from pairs of this "
-    "kind alone. *Permuted*: the same training, each concept paired with another's exemplars. *Hard gallery*: the "
-    "exemplars of all other concepts compete too."
+    "Means with 95 % intervals, resampled by customized model. *Raw*: the backbone's features. *Whitening*: "
+    "both sides whitened, no pairs. *Mapped*: one mapper from pairs of both kinds; *own kind*: one from "
+    "pairs of this kind alone. *Permuted*: the same training, each concept paired with another's exemplars. "
+    "*Hard gallery*: the exemplars of all other concepts compete too."
 )
 RECALL_COLUMNS = ("raw", "whitening", "mapped", "permuted", "own_kind", "own_kind_permuted")
 TITLES = {"object": "Objects", "style": "Styles"}
@@ -133,9 +133,7 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    note = (
-        f"Means with 95 % intervals, resampled by customized model; made at commit {commit} by `make repro`."
-    )
+    note = f"{LEGEND} Made at commit {commit} by `make repro`."
     gates = render_gates(read_json(metrics / "gate.json"), read_json(metrics / "gate_customized.json"))
     text = path.read_text(encoding="utf-8")
     text = rewrite(text, "results", f"{render_tables(read_results(metrics))}\n\n{note}")
