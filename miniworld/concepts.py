@@ -60,9 +60,9 @@ def _draw_concept(seed: int, kind: Kind, split: Split, seen: bool, index: int, f
         groups = [c for c in CLASSES if (c in UNSEEN_CLASSES) != seen]
         group = noun = groups[index % len(groups)]
         instance = draw_instance(rng, noun)
-        scenes: tuple[Scene, ...] = (
-            draw_scene(rng, instance=instance, artist=draw_artist(rng, toned=0.0), ordinary_pose=True),
-        )
+        # As in the paper: an ink drawing would show neither colour nor texture of the one it is of.
+        photo = draw_artist(rng, medium="photo", toned=0.0)
+        scenes: tuple[Scene, ...] = (draw_scene(rng, instance=instance, artist=photo, ordinary_pose=True),)
     else:
         groups = [m for m in MEDIA if (m in UNSEEN_MEDIA) != seen]
         group, noun = groups[index % len(groups)], "art"

@@ -9,7 +9,7 @@ killed run goes on where it was. Cost: about 2 s per concept on 2 CPU cores with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,13 +34,13 @@ from attribution.diffusion import (
     draw_latents,
     encode_images,
     latent_shape,
-    load_base,
     seed_from,
 )
 from attribution.files import atomic_path, content_key, read_json, write_json
 from attribution.images import decode_image
 from attribution.params import load_params
-from stages.incremental import Summary, chunks, code_key, prune
+from stages.incremental import Summary, batches, code_key, prune
+from stages.workers import base_pipeline, is_worker, worker_map
 
 PRIOR = "_prior"
 RECORD = "customized.json"
@@ -73,9 +73,13 @@ class Words:
 
 @dataclass(frozen=True)
 class Params:
-    """`views` of a concept are encoded once; `concepts_per_batch` changes results by rounding only."""
+    """`views` of a concept are encoded once.
+
+    `workers` and `concepts_per_batch` change results by rounding only.
+    """
 
     seed: int
+    workers: int
     concepts_per_batch: int
     views: int
     prior_images: int
@@ -90,6 +94,11 @@ class Params:
         """The prompts for a concept of this kind."""
         return self.object if concept.kind == "object" else self.style
 
+    def prior_prompt(self, concept: Concept) -> str:
+        """What the base is asked for itself, so that the concept's noun keeps its meaning."""
+        template = self.words(concept).prior_prompt
+        return fill_prompt(template, {"noun": concept.noun, "kind": concept.kind})
+
 
 def run(
     params: Params, base: BaseSettings, *, exemplars: Path, customized: Path, fresh: bool | None = True
@@ -103,7 +112,7 @@ def run(
     keys = concept_keys(params, base_key, wanted)
     customized.mkdir(parents=True, exist_ok=True)
     summary = Summary("customize", pruned=prune(customized, [PRIOR, *keys]))
-    priors = customized / PRIOR / base_key
+    customizer = Customizer(params, base, base_key, keys, customized)
     prune(customized / PRIOR, [base_key])
     pending = []
     for concept in wanted:
@@ -113,19 +122,24 @@ def run(
         else:
             pending.append(concept)
     if pending:
-        pipe = load_base(base)
-        groups = list(chunks(pending, params.concepts_per_batch))
-        steps = len(groups) * params.training.steps
-        with tqdm(total=steps, desc="customize", unit="step", disable=None) as progress:
-            for group in groups:
-                customize(pipe, params, group, keys, customized, priors, summary, on_step=progress.update)
+        groups = batches(wanted, pending, params.concepts_per_batch)
+        with (
+            worker_map(min(params.workers, len(groups))) as each,
+            tqdm(total=len(pending), desc="customize", unit="concept", disable=None) as progress,
+        ):
+            one_of_each = {params.prior_prompt(concept): concept for concept in pending}
+            list(each(customizer.draw_prior, one_of_each.values()))
+            for group, part in zip(groups, each(customizer.learn, groups), strict=True):
+                summary.done += part.done
+                summary.failed |= part.failed
+                progress.update(len(group))
     summary.raise_failures()
     return summary
 
 
 def concept_keys(params: Params, base_key: str, wanted: Sequence[Concept]) -> dict[str, str]:
     """What each concept's customized model depends on, by concept id."""
-    shared = content_key(replace(params, concepts_per_batch=0), base_key)
+    shared = content_key(replace(params, workers=0, concepts_per_batch=0), base_key)
     return {
         concept.concept_id: content_key(shared, concept.key(), exemplar_prompts(params, concept))
         for concept in wanted
@@ -138,50 +152,69 @@ def exemplar_prompts(params: Params, concept: Concept) -> list[str]:
     return [fill_prompt(template, {**one.texts, "token": TOKEN}) for one in concept.exemplars]
 
 
-def customize(
-    pipe: StableDiffusionPipeline,
-    params: Params,
-    group: Sequence[Concept],
-    keys: dict[str, str],
-    customized: Path,
-    priors: Path,
-    summary: Summary,
-    *,
-    on_step: Callable[[], object] = lambda: None,
-) -> None:
-    """Trains a group in one batch and writes what each has learned; failures go to `summary`."""
-    lessons: list[Lesson] = []
-    learned: list[Concept] = []
-    for concept in group:
-        try:
-            lessons.append(prepare(pipe, params, concept, priors))
-            learned.append(concept)
-        except ValueError as error:
-            summary.failed[concept.concept_id] = str(error)
-    if not lessons:
-        return
-    stack, losses = train(pipe, lessons, params.training, seed=params.seed, on_step=on_step)
-    # All are written before the first takes its place, so that a kill hardly ever splits a batch.
-    with contextlib.ExitStack() as commit:
-        for i, concept in enumerate(learned):
-            if not np.isfinite(losses[:, i]).all():
-                summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
-                continue
-            folder = commit.enter_context(atomic_path(customized / concept.concept_id))
-            stack[i].write(folder, dtype=getattr(torch, params.saved_dtype))
-            record = {
-                "key": keys[concept.concept_id],
-                "concept_id": concept.concept_id,
-                "kind": concept.kind,
-                "noun": concept.noun,
-                "token": TOKEN,
-                "prompts": sorted(set(lessons[i].prompts)),
-                "prior_prompt": lessons[i].prior_prompt,
-                "loss": [round(float(loss), 5) for loss in losses[:, i]],
-                "params": asdict(params),
-            }
-            write_json(folder / RECORD, record)
-            summary.done.append(concept.concept_id)
+@dataclass(frozen=True)
+class Customizer:
+    """One run, as each of its processes needs it."""
+
+    params: Params
+    base: BaseSettings
+    base_key: str
+    keys: dict[str, str]
+    customized: Path
+
+    @property
+    def priors(self) -> Path:
+        """Where the base's own images are kept, by what they depend on."""
+        return self.customized / PRIOR / self.base_key
+
+    def draw_prior(self, concept: Concept) -> None:
+        """Makes sure that the base's own images for this concept's noun are there."""
+        prompt, word = self.params.prior_prompt(concept), self.params.words(concept).initializer
+        prior_latents(base_pipeline(self.base), self.params, prompt, word, self.priors)
+
+    def learn(self, group: Sequence[Concept]) -> Summary:
+        """Trains a group in one batch and writes what each has learned; says what is done and what failed."""
+        pipe = base_pipeline(self.base)
+        summary = Summary("customize")
+        lessons: list[Lesson] = []
+        learned: list[Concept] = []
+        for concept in group:
+            try:
+                lessons.append(prepare(pipe, self.params, concept, self.priors))
+                learned.append(concept)
+            except ValueError as error:
+                summary.failed[concept.concept_id] = str(error)
+        if not lessons:
+            return summary
+        silent = True if is_worker() else None
+        with tqdm(
+            total=self.params.training.steps, desc="batch", unit="step", leave=False, disable=silent
+        ) as steps:
+            stack, losses = train(
+                pipe, lessons, self.params.training, seed=self.params.seed, on_step=steps.update
+            )
+        # All are written before the first takes its place, so that a kill hardly ever splits a batch.
+        with contextlib.ExitStack() as commit:
+            for i, concept in enumerate(learned):
+                if not np.isfinite(losses[:, i]).all():
+                    summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
+                    continue
+                folder = commit.enter_context(atomic_path(self.customized / concept.concept_id))
+                stack[i].write(folder, dtype=getattr(torch, self.params.saved_dtype))
+                record = {
+                    "key": self.keys[concept.concept_id],
+                    "concept_id": concept.concept_id,
+                    "kind": concept.kind,
+                    "noun": concept.noun,
+                    "token": TOKEN,
+                    "prompts": sorted(set(lessons[i].prompts)),
+                    "prior_prompt": lessons[i].prior_prompt,
+                    "loss": [round(float(loss), 5) for loss in losses[:, i]],
+                    "params": asdict(self.params),
+                }
+                write_json(folder / RECORD, record)
+                summary.done.append(concept.concept_id)
+        return summary
 
 
 def prepare(pipe: StableDiffusionPipeline, params: Params, concept: Concept, priors: Path) -> Lesson:
@@ -199,7 +232,7 @@ def prepare(pipe: StableDiffusionPipeline, params: Params, concept: Concept, pri
         )
         views.append(view)
         prompts.append(f"{view.words} {plain[which]}".strip())
-    prior_prompt = fill_prompt(words.prior_prompt, {"noun": concept.noun, "kind": concept.kind})
+    prior_prompt = params.prior_prompt(concept)
     return Lesson(
         concept_id=concept.concept_id,
         initializer=words.initializer,

@@ -41,12 +41,24 @@ def code_key(*modules: str) -> str:
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """`items` in order, `size` at a time.
-
-    Each chunk is finished before the next begins, so a run that resumes forms the chunks an undisturbed run
-    would have formed: batched arithmetic rounds by batch, and the results stay equal to the bit.
-    """
+    """`items` in order, `size` at a time."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def batches(wanted: Sequence[T], pending: Sequence[T], size: int) -> list[Sequence[T]]:
+    """`pending`, part of `wanted`, in batches of `size`: first the chunks of `wanted` of which none is done.
+
+    So a run that resumes forms the batches an undisturbed run would have formed, whichever of them were done:
+    batched arithmetic rounds by batch, and the results stay equal to the bit.
+    """
+    whole, rest = [], []
+    for chunk in chunks(wanted, size):
+        left = [item for item in chunk if item in pending]
+        if len(left) == len(chunk):
+            whole.append(chunk)
+        else:
+            rest += left
+    return [*whole, *chunks(rest, size)]
 
 
 def prune(folder: Path, keep: Iterable[str]) -> list[str]:

@@ -34,13 +34,13 @@ from attribution.diffusion import (
     Sampler,
     decode_latents,
     draw_latents,
-    load_base,
     seed_from,
 )
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image, read_image_table, write_image_table
 from attribution.params import load_params, read_yaml
-from stages.incremental import Summary, chunks, code_key, prune
+from stages.incremental import Summary, batches, code_key, prune
+from stages.workers import base_pipeline, worker_map
 
 CODE = (__file__, customized_model.__file__, diffusion.__file__)
 KEY = b"key"
@@ -62,12 +62,13 @@ Prompts = dict[str, dict[str, dict[str, list[str]]]]
 
 @dataclass(frozen=True)
 class Params:
-    """`images_per_batch`: how many images are denoised at once; it changes them by rounding only.
+    """`images_per_batch`: how many images are denoised at once; that and `workers` change rounding only.
 
     `use_shipped`: whether the queries take in data/shipped/synthesized.parquet.
     """
 
     seed: int
+    workers: int
     prompts_per_kind: int
     samples_per_prompt: int
     images_per_batch: int
@@ -112,23 +113,43 @@ def run(
         is_same = path.is_file() and (pq.read_schema(path).metadata or {}).get(KEY) == key.encode()
         (summary.reused if is_same else pending).append(concept_id)
     if pending:
-        pipe = load_base(base)
         images_per_concept = max(len(requests[concept_id]) for concept_id in pending)
         total = sum(len(requests[concept_id]) for concept_id in pending)
-        with tqdm(total=total, desc="synthesize", unit="image", disable=None) as progress:
-            for group in chunks(pending, max(1, params.images_per_batch // images_per_concept)):
-                models = [CustomizedModel.read(customized / concept_id) for concept_id in group]
-                images = draw(pipe, params, models, [requests[concept_id] for concept_id in group])
-                with contextlib.ExitStack() as commit:
-                    for concept_id, pictures in zip(group, images, strict=True):
-                        path = commit.enter_context(atomic_path(synthesized / f"{concept_id}.parquet"))
-                        table = _table(concept_id, requests[concept_id], pictures, params)
-                        write_image_table(
-                            path, table.replace_schema_metadata({KEY: keys[concept_id].encode()})
-                        )
-                        progress.update(len(pictures))
+        groups = batches(list(keys), pending, max(1, params.images_per_batch // images_per_concept))
+        synthesizer = Synthesizer(params, base, keys, requests, customized, synthesized)
+        with (
+            worker_map(min(params.workers, len(groups))) as each,
+            tqdm(total=total, desc="synthesize", unit="image", disable=None) as progress,
+        ):
+            for group, images in zip(groups, each(synthesizer.draw, groups), strict=True):
+                progress.update(images)
                 summary.done += group
     return summary
+
+
+@dataclass(frozen=True)
+class Synthesizer:
+    """One run, as each of its processes needs it."""
+
+    params: Params
+    base: BaseSettings
+    keys: dict[str, str]
+    requests: dict[str, list[Request]]
+    customized: Path
+    synthesized: Path
+
+    def draw(self, group: Sequence[str]) -> int:
+        """Draws a group of concepts in common batches and writes the table of each; says how many images."""
+        pipe = base_pipeline(self.base)
+        models = [CustomizedModel.read(self.customized / concept_id) for concept_id in group]
+        requests = [self.requests[concept_id] for concept_id in group]
+        images = draw(pipe, self.params, models, requests)
+        with contextlib.ExitStack() as commit:
+            for concept_id, wanted, pictures in zip(group, requests, images, strict=True):
+                path = commit.enter_context(atomic_path(self.synthesized / f"{concept_id}.parquet"))
+                table = _table(concept_id, wanted, pictures, self.params)
+                write_image_table(path, table.replace_schema_metadata({KEY: self.keys[concept_id].encode()}))
+        return sum(map(len, requests))
 
 
 def read_prompts(folder: Path) -> Prompts:
@@ -274,7 +295,9 @@ def _keys(
     params: Params, base: BaseSettings, customized: Path, requests: dict[str, list[Request]]
 ) -> dict[str, str]:
     shared = content_key(
-        replace(params, images_per_batch=0, use_shipped=False), base.key(), code_key(*map(str, CODE))
+        replace(params, workers=0, images_per_batch=0, use_shipped=False),
+        base.key(),
+        code_key(*map(str, CODE)),
     )
     keys = {}
     for concept_id, wanted in requests.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.tiny import save_tiny_pipeline
 
 PARAMS = Params(
     seed=0,
+    workers=1,
     concepts_per_batch=2,
     views=4,
     prior_images=2,
@@ -178,6 +180,18 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     summary = run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "stopped")
     assert (summary.done, summary.reused) == (["o3", "s1"], ["o1", "o2"])
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+
+
+def test_workers_change_rounding_only(stage: Callable, tmp_path: Path) -> None:
+    stage(CONCEPTS)
+    alone = {name: load_file(tmp_path / "customized" / name / WEIGHTS_FILE) for name in CONCEPTS}
+    for name in CONCEPTS:
+        shutil.rmtree(tmp_path / "customized" / name)
+    assert stage(CONCEPTS, workers=2).done == list(CONCEPTS)
+    for name, weights in alone.items():
+        shared = load_file(tmp_path / "customized" / name / WEIGHTS_FILE)
+        for key in weights:
+            np.testing.assert_allclose(shared[key], weights[key], rtol=0, atol=1e-5)
 
 
 def test_a_bad_exemplar_fails_alone_and_is_named(stage: Callable, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.tiny import save_tiny_pipeline
 
 PARAMS = Params(
     seed=0,
+    workers=1,
     prompts_per_kind=2,
     samples_per_prompt=2,
     images_per_batch=16,
