@@ -18,9 +18,10 @@ T = TypeVar("T")
 def load_params(cls: type[T], section: str, path: Path | str = Path("params.yaml")) -> T:
     """The dataclass `cls` filled from one section ("featurize.settings.clip": dots go down) of a YAML file.
 
-    Every field must be in the file and every key must be a field: defaults live in the file alone. An int
-    will do for a float; lists become tuples; fields may be dataclasses themselves. Raises FileNotFoundError
-    for the file, ValueError naming file, key, what was wanted and what was got for the rest.
+    Every field must be in the file (but for one that is None by default: null may go unsaid) and every key
+    must be a field: defaults live in the file alone. An int will do for a float; lists become tuples; fields
+    may be dataclasses themselves. Raises FileNotFoundError for the file, ValueError naming file, key, what
+    was wanted and what was got for the rest.
     """
     value: Any = read_yaml(path)
     where = f"{path}: "
@@ -99,12 +100,14 @@ def _convert_dataclass(cls: type, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     unknown = [str(key) for key in value if key not in names]
-    missing = [name for name in names if name not in value]
+    # Null may be left unsaid where the record says that it is what unsaid means.
+    missing = [field.name for field in dataclasses.fields(cls) if field.default is not None]
+    missing = [name for name in missing if name not in value]
     if unknown or missing:
         said = [f"unknown key {', '.join(unknown)}"] * bool(unknown)
         said += [f"missing key {', '.join(missing)}"] * bool(missing)
         raise ValueError(f"{where}: {'; '.join(said)}; wanted: {', '.join(names)}")
-    values = {name: _convert(hints[name], value[name], f"{where}.{name}") for name in names}
+    values = {name: _convert(hints[name], value.get(name), f"{where}.{name}") for name in names}
     try:
         return cls(**values)
     except ValueError as error:  # from __post_init__, which does not know where its values came from

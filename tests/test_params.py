@@ -173,3 +173,21 @@ def test_the_repository_own_featurize_section_is_whole() -> None:
 
     params = load_params(FeaturizeParams, "featurize")
     assert {"pixels", "color_histogram", "untrained"} <= set(params.backbones)
+
+
+@dataclass(frozen=True)
+class Optional:
+    size: int
+    revision: str | None = None
+
+
+@pytest.mark.parametrize("said", [{}, {"revision": None}, {"revision": "abc"}])
+def test_null_may_go_unsaid_where_the_record_says_so(params_file: Path, said: dict[str, Any]) -> None:
+    params_file.write_text(yaml.safe_dump({"train": {"size": 1, **said}}))
+    assert load_params(Optional, "train", params_file) == Optional(1, said.get("revision"))
+    params_file.write_text(yaml.safe_dump({"train": said}))
+    with pytest.raises(ValueError, match="missing key size; wanted: size, revision"):
+        load_params(Optional, "train", params_file)
+    params_file.write_text(yaml.safe_dump({"train": {"size": 1, "revision": 3}}))
+    with pytest.raises(ValueError, match=r"revision: wanted str or NoneType, got 3"):
+        load_params(Optional, "train", params_file)
