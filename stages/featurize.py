@@ -7,44 +7,64 @@ Cost: about 15 s for 27,000 images of 64 x 64 and a small net on 2 CPU cores, a 
 
 Finished shards stay in data/features/.shards/<backbone>, named by the digest of their images, their space and
 the code that made them: a killed run goes on where it was, and one more exemplar costs one shard. The folder
-takes as much disk as the features at most, and may be deleted at any time.
+takes as much disk as the features at most, and may be deleted at any time. Whether the rest fits on
+the disk is asked before anything is computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from jaxtyping import UInt8
 from tqdm import tqdm
 
-from attribution import backbones, images
+from attribution import backbone_settings, backbones, images, nets, preprocessing, weights
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.features import assemble_feature_set, write_shard
 from attribution.files import content_key, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
+from attribution.preprocessing import Preprocessing
+
+# What a vector depends on besides its image and its space.
+CODE = tuple(
+    Path(module.__file__)
+    for module in (backbone_settings, backbones, images, nets, preprocessing, weights)
+    if module.__file__
+)
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Params:
-    """`backbones` are the graph's, each with a row in `settings`; a kill costs `shard_rows` images."""
+    """`backbones` are the graph's, each with a row in `settings`; a kill costs `shard_rows` images.
+
+    `workers` threads decode and resize, one per core when null. They change no result.
+    """
 
     backbones: tuple[str, ...]
     shard_rows: int
     settings: dict[str, BackboneSettings]
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.backbones:
             self.settings_of(name)
         if self.shard_rows < 1:
             raise ValueError(f"shard_rows {self.shard_rows}: wanted 1 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers {self.workers}: wanted 1 or more, or null")
 
     def settings_of(self, backbone: str) -> BackboneSettings:
         """Raises ValueError for a backbone without settings."""
@@ -68,11 +88,12 @@ class ShardStore:
 
     folder: Path
     backbone: Backbone
+    workers: int
     used: set[str] = field(default_factory=set)
     encoded: int = 0
 
     def __post_init__(self) -> None:
-        self.code = content_key(Path(backbones.__file__), Path(images.__file__))
+        self.code = content_key(*CODE)
 
     def shard_of(self, batch: Sequence[EncodedImage], advance: Callable[[int], object]) -> Path:
         """The file with one vector per image, made now unless an earlier run finished it."""
@@ -83,12 +104,24 @@ class ShardStore:
             advance(len(batch))
             return file
         rows = []
-        for decoded in decode_ahead(batch, self.backbone.batch_size):
-            rows.append(self.backbone.encode(decoded))
-            advance(len(decoded))
+        plain = self.backbone.preprocessing
+        for pixels in pixels_ahead(batch, plain, self.backbone.batch_size, self.workers):
+            rows.append(self.backbone.encode_pixels(pixels))
+            advance(len(pixels))
         write_shard(file, space, [image.image_id for image in batch], np.concatenate(rows))
         self.encoded += len(batch)
         return file
+
+    def check_room(self, images: int) -> None:
+        """Raises OSError if what is still to be written of so many vectors does not fit on the disk."""
+        space = self.backbone.space
+        finished = sum(file.stat().st_size for file in self.folder.glob("*.npy"))
+        wanted = images * space.dim * np.dtype(space.dtype).itemsize - finished
+        there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if wanted > free:
+            asked = f"{wanted / 1e9:.1f} GB of {space.backbone}'s vectors still to write"
+            raise OSError(errno.ENOSPC, f"{self.folder}: {asked}, {free / 1e9:.1f} GB free; make room")
 
     def prune(self) -> None:
         """Only the shards of this run are left."""
@@ -117,13 +150,15 @@ def run(
     """
     loaded = load_backbone(backbone, params.settings_of(backbone), root=root)
     started = time.perf_counter()  # what follows grows with the images; loading does not
-    store = ShardStore(shards / backbone, loaded)
+    workers = params.workers or len(os.sched_getaffinity(0))
+    store = ShardStore(shards / backbone, loaded, workers)
     sets = {
         "exemplars": lambda: read_encoded(exemplars),
         "queries": lambda: read_queries(queries, synthesized, shipped),
         "distractors": lambda: read_encoded(distractors),
     }
     total = count_rows(exemplars) + count_rows(queries) + count_rows(distractors)
+    store.check_room(total)
     with tqdm(total=total, desc=f"featurize {backbone}", unit="image", disable=None) as progress:
         for name, read in sets.items():
             files, ids, digests = [], [], []
@@ -183,20 +218,28 @@ def grouped(items: Iterable[EncodedImage], size: int) -> Iterator[list[EncodedIm
         yield group
 
 
-def decode_ahead(batch: Sequence[EncodedImage], batch_size: int) -> Iterator[list[Image.Image]]:
-    """Batches of decoded images; the next is decoded while one is in use."""
+def pixels_ahead(
+    batch: Sequence[EncodedImage], preprocessing: Preprocessing, batch_size: int, workers: int
+) -> Iterator[UInt8[np.ndarray, "images height width 3"]]:
+    """Batches of decoded and resized images in order; `workers` threads make the next while one is in use."""
 
-    def decode(start: int) -> list[Image.Image]:
-        part = batch[start : start + batch_size]
-        return [decode_image(image.data, name=f"image {image.image_id}") for image in part]
+    def prepare(part: Sequence[EncodedImage]) -> np.ndarray:
+        return preprocessing.pixels([decode_image(one.data, name=f"image {one.image_id}") for one in part])
 
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(decode, 0)
-        for start in range(batch_size, len(batch) + batch_size, batch_size):
-            decoded = upcoming.result()
-            if start < len(batch):
-                upcoming = pool.submit(decode, start)
-            yield decoded
+    ahead: deque[list[Future[np.ndarray]]] = deque()
+    pool = ThreadPoolExecutor(workers)  # Pillow lets go of the interpreter while it decodes and resizes
+    try:
+        for start in range(0, len(batch), batch_size):
+            one = batch[start : start + batch_size]
+            share = -(-len(one) // workers)
+            parts = [one[first : first + share] for first in range(0, len(one), share)]
+            ahead.append([pool.submit(prepare, part) for part in parts])
+            if len(ahead) > BATCHES_AHEAD:
+                yield np.concatenate([part.result() for part in ahead.popleft()])
+        while ahead:
+            yield np.concatenate([part.result() for part in ahead.popleft()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from attribution import backbones
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.features import FeatureSet
 from attribution.files import sha256_bytes, sha256_file
 from attribution.images import ImageError, decode_image, write_image_table
-from stages.featurize import Params, decode_ahead, grouped, main, read_encoded, run
+from attribution.preprocessing import Preprocessing
+from stages.featurize import EncodedImage, Params, grouped, main, pixels_ahead, read_encoded, run
 
 SETTINGS = BackboneSettings("pixels", None, None, 4, "float32", 3)
 PARAMS = Params(("pixels",), 4, {"pixels": SETTINGS})
@@ -132,14 +136,14 @@ def test_a_run_that_broke_off_goes_on_and_ends_the_same(
     undisturbed = digests(data)
     for folder in ("pixels", ".shards"):
         (data / "features" / folder).rename(data / f"first {folder}")
-    encode, calls = Backbone.encode, iter(range(1, 100))
+    encode, calls = Backbone.encode_pixels, iter(range(1, 100))
 
-    def encode_until(self: Backbone, images: list[Image.Image]) -> np.ndarray:
+    def encode_until(self: Backbone, pixels: np.ndarray) -> np.ndarray:
         if next(calls) == fail_at:
             raise KeyboardInterrupt
-        return encode(self, images)
+        return encode(self, pixels)
 
-    monkeypatch.setattr(Backbone, "encode", encode_until)
+    monkeypatch.setattr(Backbone, "encode_pixels", encode_until)
     with pytest.raises(KeyboardInterrupt):
         featurize(data)
     monkeypatch.undo()
@@ -151,9 +155,9 @@ def test_killed_at_any_moment_it_resumes(data: Path) -> None:
     """SIGKILL, so that nothing can tidy up; the shards finished by then are not made again."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom attribution.backbones import Backbone\n"
-        "encode = Backbone.encode\n"
-        "def slow(self, images):\n    time.sleep(0.2)\n    return encode(self, images)\n"
-        "Backbone.encode = slow\n"
+        "encode = Backbone.encode_pixels\n"
+        "def slow(self, pixels):\n    time.sleep(0.2)\n    return encode(self, pixels)\n"
+        "Backbone.encode_pixels = slow\n"
         "from tests.test_featurize import featurize\n"
         "featurize(Path(sys.argv[1]))\n"
     )
@@ -238,6 +242,8 @@ def test_parameters_are_checked() -> None:
         Params(("pixels", "clip"), 4, {"pixels": SETTINGS})
     with pytest.raises(ValueError, match="shard_rows 0: wanted 1 or more"):
         Params(("pixels",), 0, {"pixels": SETTINGS})
+    with pytest.raises(ValueError, match="workers 0: wanted 1 or more, or null"):
+        Params(("pixels",), 4, {"pixels": SETTINGS}, 0)
     with pytest.raises(ValueError, match="no settings for backbone gone"):
         PARAMS.settings_of("gone")
 
@@ -260,7 +266,65 @@ def test_groups_and_decoded_batches_keep_every_image_in_order(data: Path, size: 
     groups = list(grouped(images, size))
     assert [image for group in groups for image in group] == images
     assert all(len(group) == size for group in groups[:-1])
-    batches = list(decode_ahead(images, size))
-    assert [len(batch) for batch in batches] == [len(group) for group in groups]
-    seen = [image.tobytes() for batch in batches for image in batch]
-    assert seen == [decode_image(encoded(image_id)).tobytes() for image_id in EXEMPLARS]
+    plain = Preprocessing("squash", 8, 8, "box", (0.0,) * 3, (1.0,) * 3)
+    wanted = plain.pixels([decode_image(encoded(image_id)) for image_id in EXEMPLARS])
+    for workers in (1, 2, 5):
+        batches = list(pixels_ahead(images, plain, size, workers))
+        assert [len(batch) for batch in batches] == [len(group) for group in groups]
+        np.testing.assert_array_equal(np.concatenate(batches), wanted)
+
+
+def test_workers_change_nothing_and_leave_no_thread(data: Path) -> None:
+    featurize(data)
+    wanted = digests(data)
+    for workers in (1, 3):
+        params = dataclasses.replace(PARAMS, workers=workers)
+        featurize(data, params, shards=data / f"shards of {workers}")
+        assert digests(data) == wanted
+    images = [EncodedImage("good", encoded("e0"), ""), *[EncodedImage("bad", b"no image", "")] * 20]
+    before = threading.active_count()
+    plain = Preprocessing("squash", 8, 8, "box", (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(ImageError, match="image bad: not an image"):
+        list(pixels_ahead(images, plain, 2, 3))
+    assert threading.active_count() == before
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    featurize(data)
+    wanted, forward, sizes = digests(data), backbones._pixels, []
+
+    def small(pixels: np.ndarray) -> np.ndarray:
+        sizes.append(len(pixels))
+        if len(pixels) > 1:
+            raise MemoryError
+        return forward(pixels)
+
+    monkeypatch.setattr(backbones, "_pixels", small)
+    with pytest.warns(UserWarning, match="out of memory") as said:
+        featurize(data, shards=data / "other")
+    assert [str(warning.message) for warning in said] == [
+        "pixels: out of memory on 3 images; going on with 2 at a time",
+        "pixels: out of memory on 2 images; going on with 1 at a time",
+    ]
+    # One image to learn the dim; then 3 do not fit, nor 2; from there on one at a time.
+    assert sizes == [1, 3, 2, *[1] * 27]
+    assert digests(data) == wanted
+
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 27 * 48 * 4
+    usage = type(shutil.disk_usage(data))(10**12, 10**12 - size + 1, size - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(Backbone, "encode_pixels", None)
+    with pytest.raises(
+        OSError, match=r"shards/pixels: 0\.0 GB of pixels's vectors still to write, 0\.0 GB free"
+    ):
+        featurize(data)
+    monkeypatch.undo()
+    featurize(data)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    assert reused(featurize(data)) == 27  # what is finished needs no more room
