@@ -1,0 +1,176 @@
+"""Ready features in clip-retrieval's layout: opened in place, refused when not whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from attribution.clip_retrieval import LENGTH_ONE, link_features
+from attribution.features import FeatureSet, Space, check_same_space
+from attribution.files import sha256_bytes
+from stages import import_features
+
+SPACE = Space(backbone="clip", revision="r1", preprocessing="resize 224", dim=8, dtype="float32")
+
+
+def write_shards(
+    folder: Path, *, below: bool = False, dtype: str = "float16", length: float | None = 1
+) -> np.ndarray:
+    """Eleven shards, more than nine so that order by name is not order by number."""
+    rng = np.random.default_rng(0)
+    vectors_of, metadata_of = ((folder / name if below else folder) for name in ("img_emb", "metadata"))
+    for one in {vectors_of, metadata_of}:
+        one.mkdir(parents=True)
+    parts = []
+    for number in range(11):
+        vectors = rng.standard_normal((3 + number % 2, 8))
+        if length is not None:
+            vectors *= length / np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.save(vectors_of / f"img_emb_{number}.npy", vectors.astype(dtype))
+        names = [f"/images/{number}/{row:05d}_{number}.jpg" for row in range(len(vectors))]
+        rows = {"image_path": names, "caption": ["a caption"] * len(names)}
+        pq.write_table(pa.table(rows), metadata_of / f"metadata_{number}.parquet")
+        parts.append(vectors.astype(dtype))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_features_are_opened_where_they_lie(tmp_path: Path, below: bool, dtype: str) -> None:
+    wanted = write_shards(tmp_path / "ready", below=below, dtype=dtype)
+    before = sum(file.stat().st_size for file in tmp_path.rglob("*.npy"))
+    found = link_features(tmp_path / "ready", tmp_path / "features" / "distractors", SPACE)
+    np.testing.assert_array_equal(found.vectors(), wanted.astype(np.float32))
+    assert found.space.dtype == dtype
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.npy")) == before
+    first = "/images/0/00000_0.jpg"
+    assert found.image_ids[0] == sha256_bytes(first.encode())[:16]
+    assert found.rows["source"][0].as_py() == first
+    np.testing.assert_array_equal(found.select(found.image_ids[[20, 5]]), wanted[[20, 5]].astype(np.float32))
+    # As any other feature set, with all its guards.
+    again = FeatureSet.open(tmp_path / "features" / "distractors", backbone="clip", verify=True)
+    assert len(again) == len(wanted)
+    (tmp_path / "ready" / ("img_emb" if below else ".") / "img_emb_3.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard img_emb_3\.npy is missing"):
+        FeatureSet.open(tmp_path / "features" / "distractors")
+
+
+def test_vectors_of_length_one_are_another_space(tmp_path: Path) -> None:
+    """A mapper has a bias: it must never see some features at length 1 and others as they came."""
+    write_shards(tmp_path / "one", dtype="float32")
+    write_shards(tmp_path / "any", dtype="float32", length=None)
+    one, plain = (link_features(tmp_path / name, tmp_path / "out" / name, SPACE) for name in ("one", "any"))
+    assert one.space.preprocessing == "resize 224" + LENGTH_ONE
+    assert plain.space == SPACE
+    with pytest.raises(ValueError, match=r"another feature space \(preprocessing: wanted 'resize 224', got"):
+        check_same_space(one.path, plain.space, one.space)
+
+
+def test_ids_may_be_the_stems_of_the_names(tmp_path: Path) -> None:
+    write_shards(tmp_path / "ready")
+    found = link_features(tmp_path / "ready", tmp_path / "out", SPACE, ids="stem")
+    assert found.image_ids[:4].tolist() == ["00000_0", "00001_0", "00002_0", "00000_1"]
+
+
+def test_references_inside_the_repository_are_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shards(Path("own/ready"))
+    link_features(Path("own/ready"), Path("features/distractors"), SPACE)
+    (tmp_path / "copy").mkdir()
+    for name in ("own", "features"):
+        os.rename(tmp_path / name, tmp_path / "copy" / name)
+    assert len(FeatureSet.open(tmp_path / "copy" / "features" / "distractors")) == 38
+
+
+def change(folder: Path, number: int, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    file = folder / f"img_emb_{number}.npy"
+    np.save(file, edit(np.load(file)))
+
+
+def rename_all(folder: Path) -> None:
+    for file in folder.glob("metadata_*.parquet"):
+        pq.write_table(pq.read_table(file).rename_columns(["a", "b"]), file)
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no metadata": (
+        lambda one: (one / "metadata_4.parquet").unlink(),
+        r"img_emb_4\.npy: no metadata of that number",
+    ),
+    "no vectors": (
+        lambda one: (one / "img_emb_4.npy").unlink(),
+        r"metadata_4\.parquet: no img_emb of that number",
+    ),
+    "fewer": (
+        lambda one: change(one, 4, lambda rows: rows[1:]),
+        r"metadata_4\.parquet: 3 names in image_path for 2 vectors",
+    ),
+    "other dim": (
+        lambda one: change(one, 4, lambda rows: rows[:, 1:]),
+        r"img_emb_4\.npy: wanted \[rows, 8\] of float32 or float16 for clip, got \[3, 7\]",
+    ),
+    "other dtype": (
+        lambda one: change(one, 4, lambda rows: rows.astype(np.float32)),
+        r"img_emb_4\.npy: float32, but img_emb_0\.npy is float16",
+    ),
+    "not finite": (
+        lambda one: change(one, 4, lambda rows: rows * np.nan),
+        r"img_emb_4\.npy: row 0 has a value",
+    ),
+    "no npy": (
+        lambda one: (one / "img_emb_4.npy").write_bytes(b"x" * 200),
+        r"img_emb_4\.npy: not a \.npy file",
+    ),
+    "no parquet": (
+        lambda one: (one / "metadata_4.parquet").write_bytes(b"x"),
+        r"metadata_4\.parquet: not a parquet",
+    ),
+    "no names": (rename_all, r"metadata_0\.parquet: no column image_path or key or url; it has: a, b"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_whole_is_named(tmp_path: Path, name: str) -> None:
+    damage, message = WRONG[name]
+    write_shards(tmp_path / "ready")
+    damage(tmp_path / "ready")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        link_features(tmp_path / "ready", tmp_path / "out", SPACE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_twice_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path / "ready")
+    with pytest.raises(
+        ValueError, match=r"a caption and a caption get the same id; name pictures by another column"
+    ):
+        link_features(tmp_path / "ready", tmp_path / "out", SPACE, name_column="caption")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: no img_emb_\*\.npy here or in img_emb/"):
+        link_features(tmp_path / "empty", tmp_path / "out", SPACE)
+
+
+def test_the_command_takes_the_space_of_the_backbones_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = "library: pixels, model: null, weights: null, image_size: 2, dtype: float32, batch_size: 4"
+    Path("params.yaml").write_text(f"featurize: {{settings: {{tiny: {{{row}}}}}}}\n")
+    Path("ready").mkdir()
+    np.save("ready/img_emb_0.npy", np.ones((2, 12), np.float16))
+    pq.write_table(pa.table({"key": ["a", "b"]}), "ready/metadata_0.parquet")
+    monkeypatch.setattr(sys, "argv", ["import_features", "tiny", "distractors", "ready"])
+    import_features.main()
+    assert "2 vectors of dim 12 in 1 shards: data/features/tiny/distractors" in capsys.readouterr().out
+    found = FeatureSet.open("data/features/tiny/distractors", backbone="tiny")
+    assert dataclasses.replace(found.space, dtype="float32").revision == "1"
