@@ -46,7 +46,7 @@ def link_features(
     to length 1: where all have it, the space says so, and no features of any other length are mixed with
     them. An id is derived from the picture's name in `name_column` of the metadata (default: the first of
     image_path, key, url): the digest of the name, or its stem (x of a/b/x.jpg). Raises FileNotFoundError or
-    ValueError naming the file: no shard, counts or dims that differ, a value that is not finite, a name twice.
+    ValueError naming the file: no shard, counts or dims that differ, a value not finite, a name twice.
     """
     shards = find_shards(source)
     arrays = [_open(shard.vectors, space, shards[0].vectors) for shard in shards]
