@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from attribution import intake
@@ -536,6 +539,20 @@ def test_a_killed_run_goes_on_where_it_was(own: Path, monkeypatch: pytest.Monkey
     assert everything(own) == resumed
 
 
+def test_few_pictures_wait_in_memory() -> None:
+    given = 0
+
+    def pictures() -> Iterator[intake.Picture]:
+        nonlocal given
+        for given in range(1, 101):
+            yield intake.Picture(f"{given}.png", picture(given))
+
+    rules = intake.Rules(longest_side=None, animated="first_frame")
+    for number, one in enumerate(intake.take_all(pictures(), rules, workers=2), start=1):
+        assert one.source == f"{number}.png"
+        assert given - number <= 2 * intake.IN_FLIGHT
+
+
 def test_one_more_file_changes_one_unit(own: Path) -> None:
     """Of 300 files in units of about 16."""
     make_distractors(own, 300)
@@ -588,6 +605,23 @@ def test_params_out_of_range_are_refused(changes: dict, message: str) -> None:
 
 def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "import_data", ROOT / "params.yaml").splits.train == 0.5
+
+
+def test_the_guide_names_what_exists() -> None:
+    text = (ROOT / "docs" / "own_data.md").read_text()
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    known = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+    def check(said: dict, known: dict, where: str) -> None:
+        for name, value in said.items():
+            assert name in known, f"params.yaml: no {where}{name}"
+            if isinstance(value, dict):
+                check(value, known[name], f"{where}{name}.")
+
+    check(yaml.safe_load(block), known, "")
+    assert {*re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE)} == {*get_args(intake.Reason)}
 
 
 def test_the_guide_adds_the_stage_with_the_code_that_it_runs() -> None:
