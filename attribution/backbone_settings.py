@@ -57,8 +57,7 @@ class BackboneSettings:
         if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256 {self.sha256}: wanted 64 hex digits")
         if self.library == "torchscript":
-            # It brings code (see attribution.nets): which code, is said here or nowhere.
-            for key in ("weights", "sha256", "preprocessing"):
+            for key in ("weights", "preprocessing"):
                 if getattr(self, key) is None:
                     raise ValueError(f"torchscript needs {key}, got null")
         if self.preprocessing is not None and self.preprocessing.crop != self.image_size:

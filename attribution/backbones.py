@@ -159,7 +159,7 @@ def _net_forward(net: Net, precision: str | None) -> Forward:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.module.to(device).eval().requires_grad_(False)
+    net.module.to(device).eval()
     mean, std = (
         torch.tensor(values, device=device)[:, None, None]
         for values in (net.preprocessing.mean, net.preprocessing.std)

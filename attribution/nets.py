@@ -56,10 +56,13 @@ def load_torchscript(name: str, settings: BackboneSettings, root: Path) -> Net:
         raise ValueError(f"{name}: weights {settings.weights}: wanted a file")
     archive = file.read_bytes()
     digest = sha256_bytes(archive)
+    if settings.sha256 is None:
+        do = "write it down as sha256 if you trust where the file came from"
+        raise ValueError(f"{file}: a TorchScript archive is a program; this one's sha256 is {digest}: {do}")
     if digest != settings.sha256:
         raise ValueError(f"{file}: sha256 {digest}, wanted {settings.sha256} (weights of backbone {name})")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit as a whole
+        warnings.filterwarnings("ignore", message=r"`torch\.jit")  # the whole of it is deprecated
         try:
             module = torch.jit.load(io.BytesIO(archive), map_location="cpu")
         except RuntimeError as error:
