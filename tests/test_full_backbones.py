@@ -82,7 +82,7 @@ def test_dims_and_sizes_are_those_of_the_nets(built: dict[str, nets.Net], name: 
 def test_the_reference_s_preprocessing_pixel_for_pixel(
     built: dict[str, nets.Net], name: str, resize: int, crop: int, interpolation: str, values: Any
 ) -> None:
-    from torchvision import transforms
+    from torchvision import transforms  # type: ignore[import-untyped]
 
     row = ROWS[name]
     ours = row.preprocessing if name == "sscd" else built[name].preprocessing
