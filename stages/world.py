@@ -1,0 +1,112 @@
+"""Writes the graph of another world beside its parameters: `python -m stages.world full`.
+
+In:   worlds/<name>/params.yaml, this repository's dvc.yaml.
+Out:  worlds/<name>/dvc.yaml, and a data/shipped/synthesized.parquet without rows: nothing is shipped there.
+Cost: none.
+
+A world is a folder with its own parameters, data, metrics and dvc.lock: choosing it touches nothing of the
+default run (whose customized models another world's would prune), and both may be up to date at once. The
+graph is dvc.yaml's from `customize` on, with `import_data` in place of the drawn world. Run it by
+
+    dvc repro --dry --force worlds/full/dvc.yaml    (what would run; --force: nothing is there to compare)
+    dvc repro worlds/full/dvc.yaml
+    dvc exp run worlds/full/dvc.yaml -S worlds/full/params.yaml:customize.training.steps=300
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from attribution.files import atomic_path
+from attribution.images import write_image_table
+from attribution.params import read_yaml
+
+STAGES = ("customize", "synthesize", "featurize", "train_mapper", "calibrate", "evaluate")
+# Inputs of the mini world alone.
+MINI = ("data/backbones", "data/base/mini")
+CODE = (".py", "csrc", "CMakeLists.txt")
+IMPORTED = ("data/world/exemplars.parquet", "data/world/distractors", "data/world/skipped.parquet")
+HEADER = (
+    "# Made from the repository's dvc.yaml by `python -m stages.world {name}`: edit that, run it again.\n"
+)
+
+
+def run(name: str, *, graph: Path, worlds: Path) -> str:
+    """Writes the world's graph and returns what to do next.
+
+    Raises FileNotFoundError for a world without parameters, ValueError for a name that is none.
+    """
+    if not name or Path(name).name != name:
+        raise ValueError(f"world {name!r}: wanted the name of a folder in {worlds}")
+    folder = worlds / name
+    if not (folder / "params.yaml").is_file():
+        known = ", ".join(sorted(path.parent.name for path in worlds.glob("*/params.yaml"))) or "none"
+        do = f"copy those of another world; there are: {known}"
+        raise FileNotFoundError(f"{folder / 'params.yaml'}: no such file; {do}")
+    stages = {"import_data": import_stage(graph.parent)}
+    stages |= {stage: elsewhere(read_yaml(graph)["stages"][stage]) for stage in STAGES}
+    with atomic_path(folder / "dvc.yaml") as partial:
+        text = yaml.safe_dump({"stages": stages}, sort_keys=False, width=110)
+        partial.write_text(HEADER.format(name=name) + text)
+    write_image_table(
+        folder / "data" / "shipped" / "synthesized.parquet",
+        pa.table({"image_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())}),
+    )
+    return (
+        f"{folder}/dvc.yaml: {len(stages)} stages. Put pictures where import_data in {folder}/params.yaml"
+        f" says, fill in what is null there, then: dvc repro {folder}/dvc.yaml"
+    )
+
+
+def elsewhere(definition: dict[str, Any]) -> dict[str, Any]:
+    """The stage as it stands two folders down: its code up here, its data beside it."""
+    deps = [f"../../{dep}" if dep.endswith(CODE) else dep for dep in definition["deps"] if dep not in MINI]
+    # The modules are imported from the repository, the files opened in the world.
+    return {**definition, "cmd": f"PYTHONPATH=../.. {definition['cmd']}", "deps": deps}
+
+
+def import_stage(root: Path) -> dict[str, Any]:
+    """What makes the exemplars and distractors, from where the parameters say they are."""
+    code = sorted(
+        str(path.relative_to(root)) for path in imported_files(root / "stages/import_data.py", root)
+    )
+    return elsewhere(
+        {
+            "cmd": "python -m stages.import_data",
+            "deps": [*code, "${import_data.exemplars}", "${import_data.distractors}"],
+            "params": ["import_data"],
+            "outs": list(IMPORTED),
+        }
+    )
+
+
+def imported_files(module: Path, root: Path) -> set[Path]:
+    """The module and every module of this repository that it imports, itself or through others."""
+    found, todo = {module}, [module]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for path in (root / Path(*name.split(".")).with_suffix(".py") for name in names):
+                if path.is_file() and path not in found:
+                    found.add(path)
+                    todo.append(path)
+    return found
+
+
+def main() -> None:
+    """Takes the name of the world."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("name", help="a folder in worlds/ with a params.yaml")
+    print(run(parser.parse_args().name, graph=Path("dvc.yaml"), worlds=Path("worlds")))
+
+
+if __name__ == "__main__":
+    main()

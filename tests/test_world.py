@@ -1,0 +1,140 @@
+"""stages.world: the full world's parameters load, and its graph is the default one two folders down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from attribution.concepts import Concept
+from attribution.diffusion import BaseSettings
+from attribution.params import load_params, read_yaml
+from stages import calibrate, customize, evaluate, featurize, import_data, synthesize, train_mapper, world
+from tests.test_architecture import EXTENSION_SOURCES, import_closure
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = ROOT / "worlds" / "full"
+PARAMS = {
+    "base": BaseSettings,
+    "calibrate": calibrate.Params,
+    "customize": customize.Params,
+    "evaluate": evaluate.Params,
+    "featurize": featurize.Params,
+    "import_data": import_data.Params,
+    "synthesize": synthesize.Params,
+    "train_mapper": train_mapper.Params,
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the code and both graphs; the full world's is made."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in ("dvc.yaml", "params.yaml", "CMakeLists.txt", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, root)
+    for name in ("attribution", "csrc", "stages", "miniworld", "worlds"):
+        ignored = shutil.ignore_patterns("__pycache__", "weights", "dvc.yaml", "dvc.lock")
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    run(root, "git", "init", "--quiet")
+    run(root, "dvc", "init", "--quiet", "--force")
+    world.run("full", graph=root / "dvc.yaml", worlds=root / "worlds")
+    return root
+
+
+def run(root: Path, *command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
+    done = subprocess.run(
+        command, cwd=root, env={**environment, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def stages_of(copy: Path) -> dict[str, Any]:
+    return read_yaml(copy / "worlds" / "full" / "dvc.yaml")["stages"]
+
+
+@pytest.mark.parametrize("section", PARAMS)
+def test_every_section_loads(section: str) -> None:
+    load_params(PARAMS[section], section, FULL / "params.yaml")
+
+
+def test_a_model_has_forty_images_of_each_prompt_kind() -> None:
+    params = load_params(synthesize.Params, "synthesize", FULL / "params.yaml")
+    prompts = synthesize.read_prompts(FULL / "data" / "prompts")
+    for kind, prompt_kinds in synthesize.KINDS.items():
+        for split in ("train", "test"):
+            concept = Concept("some", kind, "bird", split, True, ())
+            requests = synthesize.choose(params, concept, prompts)
+            counts = [sum(one.prompt_kind == name for one in requests) for name in prompt_kinds]
+            assert counts == [40, 40]
+
+
+def test_stages_depend_on_the_code_up_here_and_the_data_down_there(copy: Path) -> None:
+    stages = stages_of(copy)
+    assert list(stages) == ["import_data", *world.STAGES]
+    for name, definition in stages.items():
+        wanted = {f"../../{dep}" for dep in import_closure(ROOT / "stages" / f"{name}.py")}
+        deps = definition["deps"]
+        assert {dep for dep in deps if dep.endswith((".py", *EXTENSION_SOURCES))} == wanted
+        assert not [dep for dep in deps if "mini" in dep or ("backbones" in dep and not dep.endswith(".py"))]
+        assert definition["cmd"].startswith(f"PYTHONPATH=../.. python -m stages.{name}")
+
+
+def test_dvc_would_run_every_stage_for_every_backbone(copy: Path) -> None:
+    told = run(copy, "dvc", "repro", "--dry", "--force", "worlds/full/dvc.yaml")
+    backbones = load_params(featurize.Params, "featurize", FULL / "params.yaml").backbones
+    wanted = {"import_data", "customize", "synthesize"}
+    wanted |= {f"{stage}@{name}" for stage in world.STAGES[2:] for name in backbones}
+    lines = [line for line in told.splitlines() if line.startswith("Running stage")]
+    assert {line.split(":")[1].strip("'") for line in lines} == wanted
+
+
+def test_the_default_graph_knows_nothing_of_it(copy: Path) -> None:
+    names = run(copy, "dvc", "stage", "list", "--name-only").split()
+    assert names
+    assert not [name for name in names if "worlds" in name or name.endswith("@dino")]
+
+
+def test_a_stage_runs_there_on_the_code_up_here(copy: Path) -> None:
+    """Far enough to find its modules, its parameters and its missing input."""
+    folder = copy / "worlds" / "full"
+    environment = {**os.environ, "PYTHONPATH": "../.."}
+    command = [sys.executable, "-m", "stages.import_data"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "data/own/exemplars: " in done.stderr.splitlines()[-1]
+    assert pq.read_table(folder / "data" / "shipped" / "synthesized.parquet").num_rows == 0
+
+
+def test_made_again_it_is_the_same(copy: Path) -> None:
+    file = copy / "worlds" / "full" / "dvc.yaml"
+    before = file.read_bytes()
+    assert world.run("full", graph=copy / "dvc.yaml", worlds=copy / "worlds").startswith(str(file))
+    assert file.read_bytes() == before
+    assert yaml.safe_load(before)["stages"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (
+            "own",
+            FileNotFoundError,
+            r"own/params\.yaml: no such file; copy those of another world; there are: full",
+        ),
+        ("", ValueError, "world '': wanted the name of a folder"),
+        ("../full", ValueError, r"world '\.\./full': wanted the name of a folder"),
+    ],
+)
+def test_what_is_no_world_is_told(name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        world.run(name, graph=ROOT / "dvc.yaml", worlds=ROOT / "worlds")
