@@ -26,7 +26,6 @@ from attribution.images import decode_image, read_image_table, table_parts
 from attribution.params import load_params
 from stages import import_data
 from stages.import_data import Params, run
-from tests.test_architecture import import_closure
 from tests.test_images import BAD, encode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -622,17 +621,3 @@ def test_the_guide_names_what_exists() -> None:
 
     check(yaml.safe_load(block), known, "")
     assert {*re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE)} == {*get_args(intake.Reason)}
-
-
-def test_the_guide_adds_the_stage_with_the_code_that_it_runs() -> None:
-    """`dvc stage add` in the guide must name what a change of would change the result."""
-    text = (ROOT / "docs" / "own_data.md").read_text()
-    (block,) = re.findall(
-        r"dvc stage add --name import_data(.*?)python -m stages\.import_data", text, re.DOTALL
-    )
-    assert {*re.findall(r"--deps (\S+\.py)", block)} == import_closure(ROOT / "stages" / "import_data.py")
-    assert re.findall(r"--outs (\S+)", block) == [
-        "data/world/exemplars.parquet",
-        "data/world/distractors",
-        "data/world/skipped.parquet",
-    ]
