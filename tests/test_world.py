@@ -39,9 +39,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repository")
     for name in ("dvc.yaml", "params.yaml", "CMakeLists.txt", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, root)
-    for name in ("attribution", "csrc", "stages", "miniworld", "worlds"):
-        ignored = shutil.ignore_patterns("__pycache__", "weights", "dvc.yaml", "dvc.lock")
-        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    for name in ("attribution", "csrc", "stages", "miniworld", "worlds/full/data/prompts"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(FULL / "params.yaml", root / "worlds" / "full")
     run(root, "git", "init", "--quiet")
     run(root, "dvc", "init", "--quiet", "--force")
     world.run("full", graph=root / "dvc.yaml", worlds=root / "worlds")
@@ -76,6 +76,26 @@ def test_a_model_has_forty_images_of_each_prompt_kind() -> None:
             requests = synthesize.choose(params, concept, prompts)
             counts = [sum(one.prompt_kind == name for one in requests) for name in prompt_kinds]
             assert counts == [40, 40]
+
+
+def test_words_fit_the_tokenizer_of_stable_diffusion() -> None:
+    """Its vocabulary is CLIP's, which open_clip brings along."""
+    from open_clip import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    params = load_params(customize.Params, "customize", FULL / "params.yaml")
+    for words in (params.object, params.style):
+        assert len(tokenizer.encode(words.initializer)) == 1
+    prompts = synthesize.read_prompts(FULL / "data" / "prompts")
+    listed = [
+        one
+        for kinds in prompts.values()
+        for splits in kinds.values()
+        for some in splits.values()
+        for one in some
+    ]
+    # Start, end, and what the new token and a noun of three tokens add to their letters in braces.
+    assert max(len(tokenizer.encode(one)) for one in listed) < 77 - 5
 
 
 def test_stages_depend_on_the_code_up_here_and_the_data_down_there(copy: Path) -> None:
