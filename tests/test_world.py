@@ -147,9 +147,9 @@ def test_made_again_it_is_the_same(copy: Path) -> None:
     ("name", "error", "message"),
     [
         (
-            "own",
+            "nowhere",
             FileNotFoundError,
-            r"own/params\.yaml: no such file; copy those of another world; there are: full",
+            r"nowhere/params\.yaml: no such file; copy those of another world; there are: full",
         ),
         ("", ValueError, "world '': wanted the name of a folder"),
         ("../full", ValueError, r"world '\.\./full': wanted the name of a folder"),
