@@ -70,7 +70,7 @@ def _pixels(batch: np.ndarray) -> torch.Tensor:
 
 
 def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Random resized crop, mirror, brightness, contrast and channel gains, one draw per picture."""
+    """Random resized crop, mirror, blur, brightness, contrast and channel gains, one draw per picture."""
     count = len(pixels)
     scale = torch.from_numpy(np.sqrt(rng.uniform(0.35, 1.0, count))).float()
     shift = torch.from_numpy(rng.uniform(-1, 1, (count, 2))).float() * (1 - scale)[:, None]
@@ -81,7 +81,18 @@ def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     views = F.grid_sample(pixels, grid, align_corners=False, padding_mode="reflection")
     gain = torch.from_numpy(rng.uniform(0.75, 1.25, (count, 3, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-0.2, 0.2, (count, 1, 1, 1))).float()
-    return views * gain + offset
+    return _blur(views, rng) * gain + offset
+
+
+def _blur(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Half of the pictures through a Gaussian: no backbone should live on detail that decoders lose."""
+    sigma, places = rng.uniform(0.3, 1.2), torch.arange(-3.0, 4.0)
+    kernel = torch.exp(-0.5 * (places / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 7)
+    blurred = F.pad(pixels, (3, 3, 3, 3), mode="reflect")
+    blurred = F.conv2d(F.conv2d(blurred, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+    chosen = torch.from_numpy(rng.random((len(pixels), 1, 1, 1)) < 0.5)
+    return torch.where(chosen, blurred, pixels)
 
 
 def _train(
@@ -127,7 +138,7 @@ def train_supervised(
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         index = np.sort(rng.integers(len(corpus), size=params.batch))
-        pixels = _pixels(corpus[index])
+        pixels = _blur(_pixels(corpus[index]), rng)
         if rng.random() < 0.5:
             pixels = pixels.flip(3)
         features = net(pixels)
@@ -164,7 +175,7 @@ def train_clip(params: Params, corpus: np.ndarray, tokens: np.ndarray, config: d
         text = torch.from_numpy(
             tokens[index, rng.integers(tokens.shape[1], size=params.batch)].astype(np.int64)
         )
-        image, words, scale = net(_pixels(corpus[index]), text)[:3]
+        image, words, scale = net(_blur(_pixels(corpus[index]), rng), text)[:3]
         logits = scale.clamp(max=100) * image @ words.T
         target = torch.arange(len(index))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
