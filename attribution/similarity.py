@@ -5,8 +5,9 @@ float32. Callers normalize (or pass `scale`). Of equal scores the lower gallery 
 thread count, batching, sharding and instruction set returns the same bits.
 
 A gallery is one [rows, dim] array or a sequence of such shards, numpy (memory-mapped ones too) or torch
-on the CPU, of float32, float16 or bfloat16; it is read where it lies. Wherever arrays do not fit
-together, ValueError or TypeError says which and how.
+of float32, float16 or bfloat16; it is read where it lies. On a GPU (impl="cuda", or the gallery lies
+there: CUDA tensors, `attribution.similarity_cuda.Gallery`) the same answers come bit for bit. Wherever
+arrays do not fit together, ValueError or TypeError says which and how.
 """
 
 import functools
@@ -71,6 +72,8 @@ def attribute(
     of range or not finite, naming the row.
     """
     k = check_settings(k, inv_tau, b)
+    if on_cuda(impl, gallery):
+        return load_cuda().attribute(queries, gallery, k=k, inv_tau=inv_tau, b=b, scale=scale, offset=offset)
     call = Call(queries, gallery, scale, offset, impl, threads)
     if call.impl == "reference":
         found = reference.attribute(call.inputs, k, float(inv_tau), float(b))
@@ -94,6 +97,8 @@ def search(
 ) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
     """The ids and scores are those that `attribute` returns; no influence is computed."""
     k = _positive(k, "k")
+    if on_cuda(impl, gallery):
+        return load_cuda().search(queries, gallery, k=k, scale=scale, offset=offset)
     call = Call(queries, gallery, scale, offset, impl, threads)
     if call.impl == "reference":
         return reference.search(call.inputs, k)
@@ -117,6 +122,10 @@ def count_larger(
     `canonical_scores` and equal vectors compare equal; the rank of an exemplar is then 1 + the number
     larger in the rest of the gallery, or equal where ties are to count against it.
     """
+    if on_cuda(impl, gallery):
+        return load_cuda().count_larger(
+            queries, gallery, thresholds, or_equal=or_equal, scale=scale, offset=offset
+        )
     call = Call(queries, gallery, scale, offset, impl, threads)
     levels = arrays.thresholds(thresholds, call.inputs.queries.shape[0])
     if call.impl == "reference":
@@ -132,6 +141,8 @@ def canonical_scores(
 
     ids: [queries, ids], gallery rows.
     """
+    if on_cuda(impl, gallery):
+        return load_cuda().canonical_scores(queries, gallery, ids, scale=scale, offset=offset)
     call = Call(queries, gallery, scale, offset, impl, None)
     rows = arrays.ids(ids, call.inputs.queries.shape[0], call.inputs.rows)
     if call.impl == "reference":
@@ -148,6 +159,17 @@ def check_settings(k: int, inv_tau: float, b: float) -> int:
     return _positive(k, "k")
 
 
+def on_cuda(impl: str, gallery: Any) -> bool:
+    """True if the GPU is asked for, or left the choice and the gallery lies there."""
+    first = gallery[0] if isinstance(gallery, list | tuple) and gallery else gallery
+    return impl == "cuda" or (impl == "auto" and bool(getattr(first, "is_cuda", False)))
+
+
+def load_cuda() -> Any:
+    """The module that retrieves on a GPU: never imported for others, because it needs torch."""
+    return importlib.import_module("attribution.similarity_cuda")
+
+
 class Call:
     """The checked arguments that all operations share."""
 
@@ -156,10 +178,6 @@ class Call:
     ) -> None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: wanted one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-        if impl == "cuda":
-            raise ValueError(
-                'impl="cuda": this extension was built without CUDA kernels; do: impl="cpu" or "auto"'
-            )
         self.impl = "cpu" if impl == "auto" else impl
         self.inputs = arrays.open_inputs(queries, gallery, scale, offset)
         self.threads = _positive(self._default_threads() if threads is None else threads, "threads")

@@ -28,7 +28,7 @@ class Inputs:
 
 def open_inputs(queries: Any, gallery: Any, scale: Any, offset: Any) -> Inputs:
     """The result fits together; only the gallery's values are still unchecked."""
-    query_view, query_storage = _open(queries, "queries")
+    query_view, query_storage = open_rows(queries, "queries")
     query_values = np.ascontiguousarray(as_float32(query_view, query_storage))
     _require_finite(query_values, "queries")
     shards, storage = _open_gallery(gallery)
@@ -77,11 +77,11 @@ def ids(values: Any, queries: int, rows: int) -> Int64[np.ndarray, "queries ids"
 
 def _open_gallery(gallery: Any) -> tuple[dict[str, np.ndarray], str]:
     if not isinstance(gallery, Sequence) or isinstance(gallery, str | bytes):
-        view, storage = _open(gallery, "gallery")
+        view, storage = open_rows(gallery, "gallery")
         return {"gallery": view}, storage
     if not gallery:
         raise ValueError("gallery: wanted at least one shard, got an empty sequence")
-    opened = {f"gallery shard {i}": _open(shard, f"gallery shard {i}") for i, shard in enumerate(gallery)}
+    opened = {f"gallery shard {i}": open_rows(shard, f"gallery shard {i}") for i, shard in enumerate(gallery)}
     storages = {name: storage for name, (_, storage) in opened.items()}
     for name, storage in storages.items():
         if storage != storages["gallery shard 0"]:
@@ -108,7 +108,8 @@ def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
     return array, array.dtype.name if array.dtype.isnative else str(array.dtype)
 
 
-def _open(array: Any, name: str) -> tuple[np.ndarray, str]:
+def open_rows(array: Any, name: str) -> tuple[np.ndarray, str]:
+    """A view of rows of a storage type, and its name."""
     view, storage = _numpy(array, name)
     if storage not in ("float32", "float16", "bfloat16"):
         raise TypeError(f"{name}: wanted {STORAGES}, got {storage}; do: {name}.astype(np.float32)")

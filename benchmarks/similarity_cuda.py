@@ -1,0 +1,173 @@
+"""Exact attribution on a GPU against what others offer and the device's own limits: a table and a JSON file.
+
+    python -m benchmarks.similarity_cuda [--rows 10000000] [--queries 1 64 1024] [--k 100] [--seconds 240]
+
+Times are medians of CUDA events around warm calls on random unit vectors that exceed the L2 cache many times
+over. The floor of a case is the time to read the gallery once at the bandwidth that a copy reaches in this
+run, or to multiply at the rate that cuBLAS reaches in this run, whichever is longer. Nothing is written for
+cases that the time did not suffice for.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attribution import similarity_cuda
+from benchmarks.similarity_cuda_peers import peers
+
+INV_TAU, B = 100.0, -0.04  # some tens to hundreds of rows of 10 million random ones have weight
+
+
+def unit_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
+    """Random unit vectors in bfloat16, made piecewise on the device."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    made = torch.empty((rows, dim), dtype=torch.bfloat16, device="cuda")
+    for first in range(0, rows, 500_000):
+        some = torch.randn((min(500_000, rows - first), dim), generator=generator, device="cuda")
+        made[first : first + len(some)] = torch.nn.functional.normalize(some, dim=1)
+    return made
+
+
+def median_ms(run: Callable[[], Any], attempts: int) -> float:
+    """The median time of a warm call, by CUDA events."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(attempts):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """What this device does at best: bytes per second of a copy, read and written; FLOP/s of cuBLAS."""
+    here = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+    there = torch.empty_like(here)
+    copy_ms = median_ms(functools.partial(there.copy_, here), 20)
+    square = torch.randn((8192, 8192), device="cuda").bfloat16()
+    matmul_ms = median_ms(lambda: square @ square, 20)
+    return {
+        "copy_bytes_per_s": 2 * (4 << 30) / copy_ms * 1e3,
+        "bf16_flop_per_s": 2 * 8192**3 / matmul_ms * 1e3,
+    }
+
+
+def in_batches(queries: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
+    size = similarity_cuda.QUERY_BATCH
+    return lambda: [run(queries[first : first + size]) for first in range(0, len(queries), size)]
+
+
+def measure_case(
+    gallery: torch.Tensor, queries: torch.Tensor, k: int, limits: dict[str, float], deadline: float
+) -> list[dict[str, Any]]:
+    place = similarity_cuda.Gallery(gallery)
+
+    def enqueue(some: torch.Tensor) -> similarity_cuda.Enqueued:
+        return similarity_cuda.enqueue(some, place, k=k, inv_tau=INV_TAU, b=B)
+
+    methods: dict[str, Callable[[], Any]] = {"ours": in_batches(queries, enqueue)}
+    graph, found = torch.cuda.CUDAGraph(), in_batches(queries, enqueue)
+    found()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    answers = found()
+    peak = torch.cuda.max_memory_allocated() - before
+    unsettled = int(sum((~answer.settled()).sum() for answer in answers))
+    ids = torch.cat([answer.ids for answer in answers])
+    with torch.cuda.graph(graph):
+        held = found()
+    methods["ours, as a graph"] = graph.replay
+    methods["ours, from and to numpy"] = lambda: similarity_cuda.attribute(
+        queries, place, k=k, inv_tau=INV_TAU, b=B
+    )
+    rows, dim = gallery.shape
+    memory_ms = gallery.numel() * gallery.element_size() / limits["copy_bytes_per_s"] * 1e3
+    arithmetic_ms = 2 * rows * dim * len(queries) / limits["bf16_flop_per_s"] * 1e3
+    floor_ms = max(memory_ms, arithmetic_ms)
+    measured = []
+    for name, run in (methods | peers(gallery, queries, k, INV_TAU, B)).items():
+        row: dict[str, Any] = {"method": name, "rows": rows, "dim": dim, "queries": len(queries), "k": k}
+        if time.monotonic() > deadline:
+            print(f"  {name:28s} left out: the time is up", flush=True)
+            continue
+        try:
+            row["agreement"] = agreement(ids, run(), name)
+            row["ms"] = median_ms(run, 20)
+        except Exception as error:  # a peer that cannot run here is a result too
+            row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            row |= {"floor_ms": floor_ms, "fraction_of_floor": floor_ms / row["ms"]}
+        if name.startswith("ours"):
+            row |= {"unsettled_queries": unsettled, "peak_bytes": peak}
+        measured.append(row)
+        outcome = (
+            f"{row['ms']:9.3f} ms ({row['fraction_of_floor']:.2f} of the floor)"
+            if "ms" in row
+            else row["failure"]
+        )
+        print(f"  {name:28s} {outcome}", flush=True)
+    del held
+    return measured
+
+
+def agreement(ids: torch.Tensor, found: Any, name: str) -> float | None:
+    """The share of our neighbours that a method finds as well; None for those that return no ids as such."""
+    if not isinstance(found, tuple) or not isinstance(found[0], torch.Tensor):
+        return None
+    theirs = found[0]
+    some = range(0, len(ids), max(1, len(ids) // 16))
+    shares = [torch.isin(ids[q], theirs[q]).float().mean().item() for q in some]
+    share = statistics.mean(shares)
+    if share < 0.9:
+        raise RuntimeError(f"{name}: finds {share:.2f} of our neighbours only")
+    return share
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 1024, 16, 256, 4096])
+    parser.add_argument("--k", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this long")
+    results = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=results / "similarity_cuda.json")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
+    properties = torch.cuda.get_device_properties(0)
+    result: dict[str, Any] = {
+        "machine": {
+            "device": properties.name, "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size,
+            "torch": torch.__version__, "cuda": torch.version.cuda, "system": platform.system(),
+        },
+        "inv_tau": INV_TAU, "b": B, "ceilings": ceilings(), "cases": [],
+    }  # fmt: skip
+    print(json.dumps(result["machine"] | result["ceilings"], indent=1), flush=True)
+    torch.cuda.empty_cache()
+    gallery = unit_rows(options.rows, options.dim, 0)
+    queries = unit_rows(max(options.queries), options.dim, 1).float()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for k in options.k:
+        for count in options.queries:
+            print(f"{options.rows} x {options.dim}, {count} queries, k = {k}", flush=True)
+            result["cases"] += measure_case(gallery, queries[:count], k, result["ceilings"], deadline)
+            options.output.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+// Instructions that have no name in CUDA C++, for sm_80 and newer; and what they do, for emulate.h.
+#pragma once
+#include "device.h"
+
+namespace attribution::cuda {
+
+#ifdef ATTRIBUTION_EMULATED
+
+inline uint32_t shared_address(const void* at) {
+  return uint32_t(static_cast<const unsigned char*>(at) - emulated::machine.current->cta->shared);
+}
+inline unsigned char* at_shared(uint32_t address) { return emulated::machine.current->cta->shared + address; }
+
+inline void copy_16(uint32_t to, const void* from, int bytes) {
+  std::memset(at_shared(to), 0, 16);
+  if (bytes > 0) std::memcpy(at_shared(to), from, size_t(bytes));
+}
+inline void commit_copies() {}
+template <int left>
+void wait_for_copies() {}
+
+inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
+  emulated::Fiber& me = *emulated::machine.current;
+  emulated::Warp& warp = me.warp();
+  warp.slot[me.lane()][0] = address;
+  emulated::warp_barrier();
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&words[i], at_shared(uint32_t(warp.slot[8 * i + int(me.lane()) / 4][0])) + 4 * (me.lane() % 4), 4);
+  emulated::warp_barrier();
+}
+
+// The product of two words: two halves each, or one float. Tensor cores cut off what they do not keep.
+template <Storage storage>
+double word_product(uint32_t a, uint32_t b) {
+  if (storage == Storage::float32)
+    return double(__uint_as_float(a & ~0x1fffu)) * double(__uint_as_float(b & ~0x1fffu));
+  double sum = 0;
+  for (int half = 0; half < 2; ++half) {
+    const uint16_t x = uint16_t(a >> (16 * half)), y = uint16_t(b >> (16 * half));
+    sum += storage == Storage::float16 ? double(half_bits_to_float(x)) * double(half_bits_to_float(y))
+                                       : double(__uint_as_float(uint32_t(x) << 16)) * double(__uint_as_float(uint32_t(y) << 16));
+  }
+  return sum;
+}
+inline float cut_off(double value) {
+  const float rounded = float(value);
+  return std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+template <Storage storage>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::Fiber& me = *emulated::machine.current;
+  emulated::Warp& warp = me.warp();
+  for (int i = 0; i < 4; ++i) warp.slot[me.lane()][i] = a[i];
+  for (int i = 0; i < 2; ++i) warp.slot[me.lane()][4 + i] = b[i];
+  emulated::warp_barrier();
+  for (int i = 0; i < 4; ++i) {
+    const int row = int(me.lane()) / 4, column = int(me.lane()) % 4 * 2 + i % 2, lower = i / 2;
+    double sum = c[i];
+    for (int t = 0; t < 4; ++t)
+      for (int half = 0; half < 2; ++half)
+        sum += word_product<storage>(uint32_t(warp.slot[row * 4 + t][2 * half + lower]), uint32_t(warp.slot[column * 4 + t][4 + half]));
+    c[i] = cut_off(sum);
+  }
+  emulated::warp_barrier();
+}
+
+#elif defined(__CUDACC__)
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
+// Copies `bytes` (0 to 16) and fills up with zeros. Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c += a . b over 32 bytes of each line: 16 halves, or 8 floats cut to ten bits of mantissa.
+template <Storage storage>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define ATTRIBUTION_MMA(shape_and_types)                                                                               \
+  asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (storage == Storage::float32) ATTRIBUTION_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  else if constexpr (storage == Storage::float16) ATTRIBUTION_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  else ATTRIBUTION_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+#undef ATTRIBUTION_MMA
+}
+
+#endif
+
+}  // namespace attribution::cuda

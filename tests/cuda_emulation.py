@@ -1,0 +1,42 @@
+"""The CUDA kernels on a CPU: the same sources, compiled for csrc/cuda/emulate.h, behind the same Python."""
+
+import functools
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from attribution import cuda_gallery, cuda_library, similarity_cuda
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+
+@functools.cache
+def emulated_library() -> cuda_library.Library:
+    compiler = shutil.which("c++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("the emulation of CUDA wants a C++ compiler and x86-64")
+    path = Path(tempfile.mkdtemp(prefix="attribution_cuda_")) / "emulated.so"
+    subprocess.run(
+        [
+            compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+            "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
+            '-DATTRIBUTION_CUDA_SOURCES_SHA256="emulated"',
+            "-x", "c++", *sorted(str(source) for source in (CSRC / "cuda").glob("*.cu")),
+            "-o", str(path),
+        ],
+        check=True, timeout=600,
+    )  # fmt: skip
+    return cuda_library.Library(path)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """impl="cuda" runs on the CPU from here on, with the filter of that name."""
+    library = emulated_library()
+    monkeypatch.setattr(cuda_library.Library, "has_hopper", property(lambda self: kernel == "hopper"))
+    for module in (cuda_gallery, similarity_cuda):
+        monkeypatch.setattr(module, "open_device", lambda device=None: (library, torch.device("cpu")))
