@@ -92,6 +92,7 @@ class Gallery:
 
     def __init__(self, gallery: Any, *, device: Any = None) -> None:
         self.library, self.device = open_device(device if device is not None else _device_of(gallery))
+        require_current(self.device)
         shards = list(gallery) if _is_sequence(gallery) else [gallery]
         if not shards:
             raise ValueError("gallery: wanted at least one shard, got an empty sequence")
@@ -275,6 +276,15 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, wha
 def bits_type(storage: str) -> type[np.signedinteger]:
     """Integers as large as a value."""
     return np.int32 if storage == "float32" else np.int16
+
+
+def require_current(device: torch.device) -> None:
+    """Kernels are launched on the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"gallery: wanted it on the current device cuda:{torch.cuda.current_device()}, got {device}; "
+            f"do: with torch.cuda.device({device.index})"
+        )
 
 
 def require_few(rows: int) -> None:

@@ -21,7 +21,7 @@ from attribution import cuda_library as cuda
 from attribution import parts, similarity
 from attribution import similarity_arrays as arrays
 from attribution.cuda_batch import ENQUEUED_NORM, Batch
-from attribution.cuda_gallery import Gallery, Rows, Streamed, open_device
+from attribution.cuda_gallery import Gallery, Rows, Streamed, open_device, require_current
 
 __all__ = [
     "Gallery",
@@ -70,6 +70,7 @@ class Call:
         self.gallery: Gallery | Streamed
         if isinstance(gallery, Gallery):
             self.gallery, self.library, self.device = gallery, gallery.library, gallery.device
+            require_current(self.device)
             stand_in = np.zeros((0, gallery.dim), np.float32)
             inputs = arrays.open_inputs(_on_host(queries), stand_in, None, _on_host(offset))
             self.scale = None if scale is None else self._vector(scale, gallery.rows)
@@ -247,6 +248,7 @@ def enqueue(queries: torch.Tensor, gallery: Gallery, *, k: int, inv_tau: float, 
             f"{queries.dtype} {list(queries.shape)} on {queries.device} and b = {b}"
         )
     search = Settings(k, float(inv_tau), float(b)).search()
+    require_current(gallery.device)
     capacity, first, growth = plan_chunks(search.k, search.window, gallery.rows)
     values = queries.detach().contiguous()
     which = np.arange(len(values))

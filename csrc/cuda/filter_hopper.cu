@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
     make_barrier(ready, 1);
     publish_barriers();
   }
+  __syncwarp();  // the cluster's barrier wants whole warps
   if constexpr (cluster > 1) cluster_barrier();
   else __syncthreads();
 
@@ -168,6 +169,7 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
     }
   }
   // Nobody leaves while another block may still arrive at its barriers.
+  __syncwarp();
   if constexpr (cluster > 1) cluster_barrier();
 }
 
@@ -230,7 +232,7 @@ TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_
 
 bool hopper_can(const Batch& batch, const Slab& slab) {
   // The copy engine wants multiples of 16 bytes, and knows rows by 31 bits.
-  if (reinterpret_cast<uintptr_t>(slab.rows) % 16 != 0 || slab.stride % 16 != 0 || slab.count >= (int64_t(1) << 31)) return false;
+  if (reinterpret_cast<uintptr_t>(slab.rows) % 16 != 0 || slab.stride % 16 != 0 || slab.stride < batch.dim || slab.count >= (int64_t(1) << 31)) return false;
   return stages_of<Many>(batch.line) >= 2;
 }
 
