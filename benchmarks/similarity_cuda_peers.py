@@ -1,5 +1,6 @@
 """What one would use on a GPU otherwise: torch, torch compiled, and a straightforward Triton kernel."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +22,19 @@ def peers(
     """Name -> a function that returns (ids, influence)."""
     half = queries.bfloat16()
     step = max(65536, CHUNK_SCORES // len(queries))
-    compiled = torch.compile(_chunk, dynamic=False)
     found: dict[str, Callable[[], Any]] = {
         "torch": lambda: _chunked(_chunk, gallery, half, k, step, inv_tau, b),
-        "torch, compiled": lambda: _chunked(compiled, gallery, half, k, step, inv_tau, b),
+        "torch, compiled": lambda: _chunked(_compiled(), gallery, half, k, step, inv_tau, b),
     }
     if triton is not None:
         found["triton"] = lambda: _by_groups(gallery, half, k, inv_tau, b)
     return found
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """For any number of rows and queries: compiling anew for each would take longer than to measure."""
+    return torch.compile(_chunk, dynamic=True)
 
 
 def _chunk(
