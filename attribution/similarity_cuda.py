@@ -249,7 +249,7 @@ def enqueue(queries: torch.Tensor, gallery: Gallery, *, k: int, inv_tau: float, 
         )
     search = Settings(k, float(inv_tau), float(b)).search()
     require_current(gallery.device)
-    capacity, first, growth = plan_chunks(search.k, search.window, gallery.rows)
+    capacity, first, growth = plan_chunks(search.k, search.window, gallery.rows, len(queries))
     values = queries.detach().contiguous()
     which = np.arange(len(values))
     batch = Batch(gallery.library, gallery.device, gallery.storage, which, values, None, capacity)
@@ -323,7 +323,7 @@ def weigh(
 def _walked(call: Call, settings: Settings, which: np.ndarray) -> Iterator[Batch]:
     """Batches whose candidates are final and sorted; who overflowed comes again, with care."""
     search = settings.search()
-    capacity, first, growth = plan_chunks(search.k, search.window, call.rows)
+    capacity, first, growth = plan_chunks(search.k, search.window, call.rows, len(which))
     again = []
     for group in call.groups(which, 12 * capacity):
         batches = [call.batch(some, capacity) for some in group]
@@ -349,7 +349,7 @@ def _walked(call: Call, settings: Settings, which: np.ndarray) -> Iterator[Batch
         batch.release()
 
 
-def plan_chunks(k: int, window: int, rows: int) -> tuple[int, int, int]:
+def plan_chunks(k: int, window: int, rows: int, queries: int) -> tuple[int, int, int]:
     """Room for candidates, rows of the first chunk, and how much longer what was seen is after each chunk.
 
     A chunk emits about (growth - 1) times what the rows before it keep, if rows come in no order: k, a third
@@ -357,7 +357,9 @@ def plan_chunks(k: int, window: int, rows: int) -> tuple[int, int, int]:
     """
     most = k + max(window, k // 2 + 64)
     fresh = max(4096, 12 * k)
-    growth = min(16, max(2, int(1 + 0.5 * fresh / (1.4 * k + 64))))
+    # Every hit holds up a tile of many queries; few queries have few hits, and pay for each chunk.
+    most_growth = 16 if queries <= 64 else 4
+    growth = min(most_growth, max(2, int(1 + 0.5 * fresh / (1.4 * k + 64))))
     first = -(-max(4096, 2 * k) // 256) * 256
     return min(most + fresh, max(rows, 1)), first, growth
 

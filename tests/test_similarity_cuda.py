@@ -96,7 +96,7 @@ def test_nothing_in_nothing_out(device: str, count: int, rows: int, b: float) ->
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, fresh: int = 300) -> None:
-    def plan(k: int, window: int, rows: int) -> tuple[int, int, int]:
+    def plan(k: int, window: int, rows: int, queries: int) -> tuple[int, int, int]:
         return k + max(window, k // 2 + 64) + fresh, 256, 4
 
     monkeypatch.setattr(similarity_cuda, "plan_chunks", plan)
@@ -334,8 +334,9 @@ def test_any_world_gives_the_bits_of_the_cpu(device: str, world) -> None:
 
 @pytest.mark.parametrize("rows", [1, 1000, 10**7, 2**32])
 @pytest.mark.parametrize("k", [1, 100, 1000, 50_000])
-def test_chunks_leave_room_for_what_they_emit(k: int, rows: int) -> None:
-    capacity, first, growth = similarity_cuda.plan_chunks(k, 2048, rows)
+@pytest.mark.parametrize("queries", [1, 1024])
+def test_chunks_leave_room_for_what_they_emit(queries: int, k: int, rows: int) -> None:
+    capacity, first, growth = similarity_cuda.plan_chunks(k, 2048, rows, queries)
     assert capacity >= min(rows, k + 2048)
     assert min(rows, first) <= capacity
     assert (growth - 1) * 1.4 * k + k <= capacity or capacity == rows

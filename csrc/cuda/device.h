@@ -179,12 +179,18 @@ struct Answers {
 };
 void conclude(const Batch& batch, int64_t k, const Weighing& weighing, const Answers& answers, cudaStream_t stream);
 
-// Rows [begin, end) of a slab against all queries of the batch: emits what reaches the queries' cuts.
-// direct: cuts are -inf and buffers empty, row r of the chunk goes to slot r without asking.
-void filter_generic(const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, int processors, cudaStream_t stream);
+// A chunk of a slab.
+struct Chunk {
+  int64_t begin, end;  // rows of the slab
+  bool direct;         // cuts are -inf and buffers empty: row r goes to slot r - begin
+  bool unsafe;         // some of its stripes may be unsafe for some queries: their rows are not the filter's
+};
+
+// The rows of a chunk against all queries of the batch: emits what reaches the queries' cuts.
+void filter_generic(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream);
 #ifndef ATTRIBUTION_NO_HOPPER
 bool hopper_can(const Batch& batch, const Slab& slab);
-void filter_hopper(const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, int processors, cudaStream_t stream);
+void filter_hopper(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream);
 #endif
 
 // Canonical scores of all rows of a slab against all queries of the batch, and what to do with them.

@@ -4,12 +4,6 @@
 
 namespace attribution::cuda {
 
-// A chunk of a slab, as a filter walks it.
-struct Chunk {
-  int64_t begin, end;  // rows of the slab
-  bool direct;         // cuts are -inf and buffers empty: row r goes to slot r - begin
-};
-
 // The largest norm and scale among the stripes of rows [first, first + height) that are safe for the query: what its
 // threshold must allow for.
 template <int height>
@@ -31,9 +25,9 @@ __device__ __forceinline__ Stripe bound_of(const Slab& slab, const Query& query,
 // A fast score that reached the threshold. column: row - first row of the tile
 __device__ __forceinline__ void hit(const Batch& batch, const Slab& slab, const Chunk& chunk, const Query* own, int q, int64_t row,
                                     float value) {
-  const Query query = *own;
-  if (row < chunk.begin || row >= chunk.end || !safe(slab.stripes[row / stripe_rows], query)) return;
-  const float score = value * query.unit;
+  if (row < chunk.begin || row >= chunk.end) return;
+  if (chunk.unsafe && !safe(slab.stripes[row / stripe_rows], *own)) return;
+  const float score = value * own->unit;
   if (chunk.direct) batch.buffer[q * batch.capacity + (row - chunk.begin)] = key_of(score, slab.first_row + row);
   else emit(batch, q, score, slab.first_row + row);
 }

@@ -118,14 +118,13 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
 
 }  // namespace
 
-void filter_generic(const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, int processors, cudaStream_t stream) {
-  if (batch.queries == 0 || begin >= end) return;
-  const int64_t tiles = ((end + tile_rows - 1) / tile_rows - begin / tile_rows) * (batch.padded / query_tile);
+void filter_generic(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
+  if (batch.queries == 0 || chunk.begin >= chunk.end) return;
+  const int64_t tiles = ((chunk.end + tile_rows - 1) / tile_rows - chunk.begin / tile_rows) * (batch.padded / query_tile);
   const auto kernel = batch.storage == int(Storage::float32)   ? filter_kernel<Storage::float32>
                       : batch.storage == int(Storage::float16) ? filter_kernel<Storage::float16>
                                                                : filter_kernel<Storage::bfloat16>;
-  launch("filter", kernel, tiles < processors ? tiles : processors, threads, stages * stage_bytes, stream, 1, batch, slab,
-         Chunk{begin, end, direct});
+  launch("filter", kernel, tiles < processors ? tiles : processors, threads, stages * stage_bytes, stream, 1, batch, slab, chunk);
 }
 
 }  // namespace attribution::cuda

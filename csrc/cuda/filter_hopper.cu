@@ -236,9 +236,8 @@ bool hopper_can(const Batch& batch, const Slab& slab) {
   return stages_of<Many>(batch.line) >= 2;
 }
 
-void filter_hopper(const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, int processors, cudaStream_t stream) {
-  if (batch.queries == 0 || begin >= end) return;
-  const Chunk chunk{begin, end, direct};
+void filter_hopper(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
+  if (batch.queries == 0 || chunk.begin >= chunk.end) return;
   if (batch.queries <= group_lines && stages_of<Few>(batch.line) >= 4) return walk<Few>(batch, slab, chunk, processors, stream);
   if (batch.padded / query_tile % 2 == 0 && processors >= 2) return walk<Pairs>(batch, slab, chunk, processors, stream);
   walk<Many>(batch, slab, chunk, processors, stream);

@@ -83,11 +83,12 @@ cudaStream_t stream_of(const Plan& plan) { return static_cast<cudaStream_t>(plan
 
 void filter(const Plan& plan, const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct) {
   const int processors = int(plan.processors);
+  const Chunk chunk{begin, end, direct, plan.unsafe != 0};
 #ifndef ATTRIBUTION_NO_HOPPER
-  if (plan.hopper && hopper_can(batch, slab)) filter_hopper(batch, slab, begin, end, direct, processors, stream_of(plan));
+  if (plan.hopper && hopper_can(batch, slab)) filter_hopper(batch, slab, chunk, processors, stream_of(plan));
   else
 #endif
-    filter_generic(batch, slab, begin, end, direct, processors, stream_of(plan));
+    filter_generic(batch, slab, chunk, processors, stream_of(plan));
   if (plan.unsafe) tally_rows(batch, slab, begin, end, Tally::emit_unsafe, Tallied{}, direct, processors, stream_of(plan));
 }
 
