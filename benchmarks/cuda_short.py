@@ -3,6 +3,8 @@
 compute-sanitizer --tool racecheck python -m benchmarks.cuda_short
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -22,7 +24,7 @@ def main() -> None:
         gallery[::97] = gallery[0]
         on_device = gallery.cuda()  # odd rows lie at no multiple of 16 bytes
         for inv_tau, b in ((3.0, -0.2), (0.01, -0.5), (0.2, 0.0)):
-            arguments = {"k": 7, "inv_tau": inv_tau, "b": b}
+            arguments: dict[str, Any] = {"k": 7, "inv_tau": inv_tau, "b": b}
             want = similarity.attribute(queries, gallery, impl="cpu", **arguments)
             for place in (on_device, gallery):
                 got = similarity.attribute(queries, place, impl="cuda", **arguments)
@@ -33,7 +35,7 @@ def main() -> None:
             similarity.count_larger(queries, place, levels, impl=impl)
             for place, impl in ((gallery, "cpu"), (on_device, "cuda"))
         ]
-        np.testing.assert_array_equal(*counts)
+        np.testing.assert_array_equal(counts[0], counts[1])
     print("the same bits on both")
 
 
