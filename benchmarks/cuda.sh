@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures on a machine with a GPU, in one call of less than ten minutes:
 #
-#     benchmarks/cuda_session.sh
+#     benchmarks/cuda.sh
 #
 # Wants python3 with torch, numpy, pybind11, scikit-build-core (not used, but what an install wants), jaxtyping and
 # pytest; cmake, ninja, nvcc. Hypothesis, beartype and Triton are used where they are. Nothing is installed and nothing
@@ -30,15 +30,15 @@ step() {  # seconds, log, command...
 
 build() {
   set -e
-  cmake -G Ninja -S . -B build/session -DATTRIBUTION_CUDA=ON \
+  cmake -G Ninja -S . -B build/cuda -DATTRIBUTION_CUDA=ON \
     -Dpybind11_DIR="$(python3 -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
     -DPYTHON_EXECUTABLE="$(command -v python3)" -DPython_EXECUTABLE="$(command -v python3)"
-  cmake --build build/session
+  cmake --build build/cuda
 }
 export -f build
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(0))' || exit 1
 step 170 cuda_build.log bash -c build || exit 1
-export PYTHONPATH=$PWD/build/session:$PWD PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD/build/cuda:$PWD PYTHONDONTWRITEBYTECODE=1
 
 pytest=(python3 -m pytest -q -p no:cacheprovider)
 # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
