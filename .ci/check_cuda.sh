@@ -67,6 +67,11 @@ disassemble filter_hopper_90a
 for instruction in HGMMA.64x256x16.F32.BF16 HGMMA.64x128x16.F32.BF16 UTMALDG.2D.MULTICAST UTMALDG.2D SYNCS USETMAXREG; do
   grep -q "$instruction" "$out/filter_hopper_90a.sass" || fail "filter_hopper.cu: wanted $instruction in the disassembly for sm_90a"
 done
+# Only where a cluster begins and ends, twice in each of three kernels, may a block wait for all of the device's memory.
+for instruction in CCTL.IVALL MEMBAR.ALL.GPU; do
+  count=$(grep -c "$instruction" "$out/filter_hopper_90a.sass" || true)
+  [ "$count" -le 6 ] || fail "filter_hopper.cu: wanted $instruction 6 times at most, got $count: a barrier in the main loop is too strong"
+done
 if grep -qE "\b(LDL|STL)\b" "$out/filter_hopper_90a.sass"; then fail "filter_hopper.cu: uses local memory"; fi
 disassemble filter_generic_80
 for instruction in HMMA LDGSTS LDSM; do

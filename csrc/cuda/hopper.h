@@ -157,8 +157,10 @@ __device__ __forceinline__ void arrive_expecting(uint32_t address, uint32_t byte
 __device__ __forceinline__ void arrive(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
 }
+// What it announces is that the tensor cores have read a stage. There is no store to publish, and a release to the whole
+// cluster would wait for all of the device's memory each time; so would an acquire above empty the first-level cache.
 __device__ __forceinline__ void arrive_in_cluster(uint32_t address) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 // Until the phase of this parity has ended.
 __device__ __forceinline__ void wait(uint32_t address, uint32_t parity) {
@@ -166,7 +168,7 @@ __device__ __forceinline__ void wait(uint32_t address, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(address),
       "r"(parity)
