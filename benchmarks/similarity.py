@@ -147,7 +147,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     limits = result["ceilings"]
     figure, axes = pyplot.subplots(figsize=(9, 6))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    axes.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
     intensity = np.geomspace(0.2, 1024, 200)
     for name, peak in (("float32", limits["float32_gmacs"]), ("bfloat16", limits["bfloat16_gmacs"])):
         if peak:
