@@ -323,7 +323,12 @@ def test_queued_experiments_run_their_own_code_and_mlflow_loses_none(repository:
         repository.run("dvc", "exp", "run", "--queue", "--name", f"edition-{edition}", *changes)
     probe.write_text(PROBE)
     before = mlflow_runs(repository)
-    repository.run("dvc", "queue", "start", "--jobs", "2")
+    # Not `run`: workers inherit its pipe, and one that idles on would hold the test up though all is done.
+    with repository.path.with_name("queue.log").open("w") as log:
+        subprocess.run(
+            ["dvc", "queue", "start", "--jobs", "2"],
+            cwd=repository.path, env=repository.environment(), stdout=log, stderr=log, check=True,
+        )  # fmt: skip
     for edition in (3, 4):
         revision = wait_for_experiment(repository, f"edition-{edition}")
         assert json.loads(repository.run("git", "show", f"{revision}:probe.json"))["edition"] == edition
