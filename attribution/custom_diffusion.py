@@ -11,8 +11,11 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attribution.conditioning import encode_text, token_ids
+from attribution.cross_attention import project, text_attention
 from attribution.customized_model import ModelStack
-from attribution.diffusion import base_stack, encode_text, project, seed_from, text_attention, token_ids
+from attribution.sampling import base_stack
+from attribution.seeds import seed_from
 
 
 @dataclass(frozen=True)

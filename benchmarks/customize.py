@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
+from attribution.base_model import BaseSettings, load_base
 from attribution.concepts import read_concepts
 from attribution.custom_diffusion import Lesson, train
-from attribution.diffusion import BaseSettings, load_base
 from attribution.files import write_json
 from attribution.params import load_params
 from stages.customize import Params, prepare

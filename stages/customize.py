@@ -21,24 +21,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from attribution import augmentation, concepts, custom_diffusion, customized_model, diffusion
+from attribution import (
+    augmentation,
+    base_model,
+    concepts,
+    conditioning,
+    cross_attention,
+    custom_diffusion,
+    customized_model,
+    sampling,
+    seeds,
+)
 from attribution.augmentation import AugmentationSettings, draw_view
+from attribution.base_model import BaseSettings, encode_images, latent_shape
 from attribution.concepts import Concept, fill_prompt, read_concepts
 from attribution.custom_diffusion import Lesson, TrainingSettings, train
 from attribution.customized_model import TOKEN
-from attribution.diffusion import (
-    BaseSettings,
-    Drawing,
-    Sampler,
-    base_stack,
-    draw_latents,
-    encode_images,
-    latent_shape,
-    seed_from,
-)
 from attribution.files import atomic_path, content_key, read_json, write_json
 from attribution.images import decode_image
 from attribution.params import load_params
+from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
+from attribution.seeds import seed_from
 from stages.incremental import Summary, batches, code_key, prune
 from stages.workers import base_pipeline, is_worker, worker_map
 
@@ -48,10 +51,14 @@ RECORD = "customized.json"
 CODE = (
     __file__,
     augmentation.__file__,
+    base_model.__file__,
     concepts.__file__,
+    cross_attention.__file__,
     custom_diffusion.__file__,
     customized_model.__file__,
-    diffusion.__file__,
+    conditioning.__file__,
+    sampling.__file__,
+    seeds.__file__,
 )
 
 

@@ -18,18 +18,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from attribution.backbones import BackboneSettings, load_backbone
-from attribution.diffusion import (
-    BaseSettings,
-    Drawing,
-    Sampler,
-    base_stack,
-    decode_latents,
-    draw_latents,
-    load_base,
-    seed_from,
-)
+from attribution.base_model import BaseSettings, decode_latents, load_base
 from attribution.files import atomic_path, write_json
 from attribution.params import load_params
+from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
+from attribution.seeds import seed_from
 from miniworld.captions import PLACES
 from miniworld.draw import render
 from miniworld.readings import READINGS, true_readings

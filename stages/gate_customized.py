@@ -19,13 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
+from attribution.base_model import BaseSettings
 from attribution.concepts import Concept, read_concepts
 from attribution.customized_model import TOKEN
-from attribution.diffusion import BaseSettings, Sampler
 from attribution.files import atomic_path, write_json
 from attribution.images import decode_image, iterate_images
 from attribution.params import load_params
 from attribution.ranking import bootstrap_interval
+from attribution.sampling import Sampler
 from stages.gate import sample_base, sample_grid
 
 GRID_COLUMNS = 10

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
-from attribution.diffusion import BaseSettings
 from attribution.images import read_image_table, write_image_table
 from attribution.params import load_params
 from stages import customize, synthesize

@@ -25,24 +25,27 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from attribution import customized_model, diffusion
+from attribution import base_model, conditioning, cross_attention, customized_model, sampling, seeds
+from attribution.base_model import BaseSettings, decode_latents
 from attribution.concepts import Concept, fill_prompt, read_concepts
 from attribution.customized_model import TOKEN, CustomizedModel, ModelStack
-from attribution.diffusion import (
-    BaseSettings,
-    Drawing,
-    Sampler,
-    decode_latents,
-    draw_latents,
-    seed_from,
-)
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image, read_image_table, write_image_table
 from attribution.params import load_params, read_yaml
+from attribution.sampling import Drawing, Sampler, draw_latents
+from attribution.seeds import seed_from
 from stages.incremental import Summary, batches, code_key, prune
 from stages.workers import base_pipeline, worker_map
 
-CODE = (__file__, customized_model.__file__, diffusion.__file__)
+CODE = (
+    __file__,
+    base_model.__file__,
+    cross_attention.__file__,
+    customized_model.__file__,
+    conditioning.__file__,
+    sampling.__file__,
+    seeds.__file__,
+)
 KEY = b"key"
 KINDS = {"object": ("media", "gpt"), "style": ("object", "gpt")}
 SCHEMA = pa.schema(

@@ -14,7 +14,7 @@ from multiprocessing import connection
 import torch
 from diffusers import StableDiffusionPipeline
 
-from attribution.diffusion import BaseSettings, load_base
+from attribution.base_model import BaseSettings, load_base
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from attribution import custom_diffusion
+from attribution.base_model import BaseSettings, load_base
 from attribution.custom_diffusion import Lesson, TrainingSettings, masked_error, train
-from attribution.diffusion import BaseSettings, base_stack, load_base
+from attribution.sampling import base_stack
 from tests.tiny import save_tiny_pipeline
 
 SETTINGS = TrainingSettings(

@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from attribution.augmentation import AugmentationSettings
+from attribution.base_model import BaseSettings
 from attribution.custom_diffusion import TrainingSettings
 from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
-from attribution.diffusion import BaseSettings, Sampler
 from attribution.files import read_json
 from attribution.images import write_image_table
+from attribution.sampling import Sampler
 from stages import customize
 from stages.customize import RECORD, Params, Words, run
 from tests.tiny import save_tiny_pipeline

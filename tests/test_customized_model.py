@@ -10,16 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from attribution.base_model import BaseSettings, decode_latents, load_base
 from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE, CustomizedModel, ModelStack
-from attribution.diffusion import (
-    BaseSettings,
-    Drawing,
-    Sampler,
-    base_stack,
-    decode_latents,
-    draw_latents,
-    load_base,
-)
+from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
 from tests.tiny import save_tiny_pipeline
 
 SAMPLERS = [

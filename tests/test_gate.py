@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from attribution.backbones import BackboneSettings
-from attribution.diffusion import BaseSettings
+from attribution.base_model import BaseSettings
 from attribution.params import load_params
 from miniworld.draw import render
 from miniworld.readings import true_readings

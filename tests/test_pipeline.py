@@ -29,7 +29,7 @@ import yaml
 from safetensors.torch import save_file
 
 from attribution.backbones import write_backbone
-from attribution.diffusion import BaseSettings
+from attribution.base_model import BaseSettings
 from attribution.params import load_params
 from miniworld.readings import READINGS
 from stages import customize, render, ship_synthesized, synthesize

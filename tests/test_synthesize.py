@@ -16,10 +16,11 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
 from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
-from attribution.diffusion import BaseSettings, Sampler
 from attribution.images import decode_image, read_image_table
+from attribution.sampling import Sampler
 from stages import customize, ship_synthesized, synthesize
 from stages.synthesize import Params, choose, read_prompts, run, write_queries
 from tests import test_customize

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from attribution.base_model import BaseSettings
 from attribution.concepts import Concept
-from attribution.diffusion import BaseSettings
 from attribution.params import load_params, read_yaml
 from stages import calibrate, customize, evaluate, featurize, import_data, synthesize, train_mapper, world
 from tests.test_architecture import EXTENSION_SOURCES, import_closure

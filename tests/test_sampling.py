@@ -10,21 +10,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from attribution.base_model import BaseSettings, decode_latents, encode_images, latent_shape, load_base
+from attribution.conditioning import token_ids
+from attribution.cross_attention import cross_attention
 from attribution.customized_model import ModelStack
-from attribution.diffusion import (
-    BaseSettings,
-    Drawing,
-    Sampler,
-    base_stack,
-    cross_attention,
-    decode_latents,
-    draw_latents,
-    encode_images,
-    latent_shape,
-    load_base,
-    seed_from,
-    token_ids,
-)
+from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
+from attribution.seeds import seed_from
 from tests.tiny import save_tiny_pipeline
 
 DDIM = Sampler("ddim", steps=4, guidance=3.0, eta=0.0)
