@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -19,6 +20,12 @@ import numpy as np
 
 PARTIAL_PREFIX = ".partial-"
 _serial = itertools.count()
+# A full disk in the words of those who keep the number to themselves: numpy, pyarrow, safetensors.
+_FULL = re.compile(rf"\d+ requested and \d+ written|No space left on device|errno {errno.ENOSPC}\b")
+
+
+class DiskFullError(OSError):
+    """Says in one line where there is no room, what was wanted, what there is. `errno` is ENOSPC."""
 
 
 @contextlib.contextmanager
@@ -28,7 +35,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     Yields a sibling that does not exist yet, with the same suffix, to be made a file or a folder; it takes
     the place of `path` (file or folder) when the block ends, and is removed when the block raises. Parent
     folders are made. What a killed process on this host left behind for the same `path` is cleared away
-    first. Raises FileNotFoundError if the block wrote nothing.
+    first. Raises FileNotFoundError if the block wrote nothing, DiskFullError if it filled the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +47,27 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         if not partial.exists():
             raise FileNotFoundError(f"{path}: nothing was written to {partial.name}")
         _replace(partial, path, aside=path.with_name(f"{stem}-old-{path.name}"))
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not _is_full_disk(error):
+            raise
+        written = _size(partial)
+        _remove(partial)
+        do = "what was half written is removed: make room, then run again"
+        raise DiskFullError(
+            errno.ENOSPC, f"{path}: the disk is full after {_amount(written)} of it, {_free(path)}; {do}"
+        ) from error
     finally:
         _remove(partial)
+
+
+def require_space(path: Path | str, wanted_bytes: int, what: str) -> None:
+    """Returns only where `wanted_bytes` more fit on the disk that holds, or is to hold, `path`.
+
+    `what` stands in the error: "40,000 images". Ask before the work, not after. Raises DiskFullError.
+    """
+    if wanted_bytes > _free_bytes(Path(path)):
+        wanted = f"{_amount(wanted_bytes)} wanted for {what}"
+        raise DiskFullError(errno.ENOSPC, f"{path}: {wanted}, {_free(Path(path))}; make room, then run again")
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -127,6 +153,34 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"no canonical form for {type(value).__name__}: {value!r}")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or (number is None and bool(_FULL.search(str(error))))
+
+
+def _free(path: Path) -> str:
+    return f"{_amount(_free_bytes(path))} free"
+
+
+def _free_bytes(path: Path) -> int:
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def _size(path: Path) -> int:
+    members = path.rglob("*") if path.is_dir() else (path,)
+    return sum(member.lstat().st_size for member in members if member.is_file())
+
+
+def _amount(count: int) -> str:
+    """Bytes for a reader."""
+    scaled, units = float(count), iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while scaled >= 1000 and unit != "TB":
+        scaled, unit = scaled / 1000, next(units)
+    return f"{scaled:.3g} {unit}"
 
 
 def _replace(partial: Path, path: Path, aside: Path) -> None:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from safetensors import SafetensorError
 
-from attribution.files import atomic_path, content_key, read_json, sha256_bytes, sha256_file, write_json
+from attribution.files import (
+    DiskFullError,
+    atomic_path,
+    content_key,
+    read_json,
+    require_space,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
+
+BIG = 1 << 20
+SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"
 
 
 def names(folder: Path) -> list[str]:
@@ -214,3 +233,64 @@ def test_parts_without_a_canonical_form_are_refused(part: object) -> None:
 def test_not_a_number_has_no_key() -> None:
     with pytest.raises(ValueError, match="JSON"):
         content_key(float("nan"))
+
+
+def test_space_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the disk that holds the nearest folder there is."""
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 12_345_678, 12_345_678)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    path = tmp_path / "not" / "yet" / "there"
+    require_space(path, 12_345_678, "7 images")
+    with pytest.raises(
+        DiskFullError, match=r"there: 1.5 TB wanted for 7 images, 12\.3 MB free; make room"
+    ) as e:
+        require_space(path, 1_500_000_000_000, "7 images")
+    assert e.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    require_space(Path("relative/to/here"), 0, "nothing")
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+# Each has its own way of saying that the disk is full. /dev/full is one that always is.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda path: path.write_bytes(bytes(BIG)),
+    "numpy": lambda path: np.save(path, np.zeros(BIG, np.uint8)),
+    "parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).random(BIG)}), path),
+    "safetensors": lambda path: raise_(SafetensorError(SAFETENSORS)),  # its writer refuses /dev/full
+    "picture": lambda path: Image.fromarray(np.zeros((99, 99), np.uint8)).save(path, "PNG"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_left(tmp_path: Path, writer: str, folder: bool) -> None:
+    path = tmp_path / "x.npy"
+    path.write_text("before")
+
+    def fill() -> None:
+        with atomic_path(tmp_path / "outer"), atomic_path(path) as partial:
+            if folder:
+                partial.mkdir()
+                (partial / "small").write_text("small")
+            file = partial / "y.npy" if folder else partial
+            file.symlink_to("/dev/full")
+            WRITERS[writer](file)
+
+    with pytest.raises(
+        DiskFullError, match=r"^\[Errno 28\] \S*x\.npy: the disk is full after .* of it, .* free; "
+    ) as e:
+        fill()
+    assert "\n" not in str(e.value)
+    assert names(tmp_path) == ["x.npy"]
+    assert path.read_text() == "before"
+
+
+def test_no_other_error_is_called_a_full_disk(tmp_path: Path) -> None:
+    error = PermissionError(errno.EACCES, "No space left on device")
+    with pytest.raises(PermissionError) as e, atomic_path(tmp_path / "x"):
+        raise error
+    assert e.value is error
