@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 from attribution.backbone_settings import NETS, BackboneSettings
 from attribution.features import Space
 from attribution.files import atomic_path, read_json, write_json
+from attribution.memory import halving
 from attribution.nets import Net, build_open_clip, build_timm, load_torchscript
 from attribution.preprocessing import Preprocessing, library_preprocessing
 from attribution.weights import fitting, read_weights, weights_digest, weights_file
@@ -54,35 +53,10 @@ class Backbone:
         self, pixels: UInt8[np.ndarray, "images height width 3"]
     ) -> Float[np.ndarray, "images dim"]:
         """One float32 row per image that went through `preprocessing`, in order."""
-        rows = [np.empty((0, self.space.dim), np.float32)]
-        done = 0
-        while done < len(pixels):
-            batch = pixels[done : done + self.batch_size]
-            vectors = self._try(batch)
-            if vectors is None:
-                self.batch_size = (len(batch) + 1) // 2
-                warnings.warn(
-                    f"{self.space.backbone}: out of memory on {len(batch)} images; "
-                    f"going on with {self.batch_size} at a time",
-                    stacklevel=2,
-                )
-            else:
-                rows.append(vectors)
-                done += len(batch)
-        return np.concatenate(rows)
-
-    def _try(self, batch: np.ndarray) -> np.ndarray | None:
-        """The vectors; None if they take more memory than there is and the batch can be halved."""
-        try:
-            return self.forward(batch)
-        except (MemoryError, RuntimeError) as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
-                raise
-        if "torch" in sys.modules:  # here, where the exception no longer holds the net's activations
-            import torch
-
-            torch.cuda.empty_cache()
-        return None
+        rows, self.batch_size = halving(
+            self.forward, pixels, self.batch_size, where=self.space.backbone, noun="images"
+        )
+        return np.concatenate([np.empty((0, self.space.dim), np.float32), *rows])
 
 
 def load_backbone(name: str, settings: BackboneSettings, *, root: Path) -> Backbone:
@@ -178,12 +152,6 @@ def _net_forward(net: Net, precision: str | None) -> Forward:
         return vectors.float().cpu().numpy()
 
     return forward
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name, so that the controls need no torch; a CPU's allocator raises a plain RuntimeError.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _load_net(name: str, settings: BackboneSettings, root: Path) -> Net:
