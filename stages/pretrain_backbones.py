@@ -28,8 +28,10 @@ from attribution.files import atomic_path
 from attribution.params import load_params
 from miniworld.corpus import corpus_scene
 from miniworld.readings import READINGS, true_readings
-from stages.pretrain import Params as CorpusParams
-from stages.pretrain import load_tokenizer, render_corpus, tokenize_corpus
+from stages.mini_base import Params as CorpusParams
+from stages.mini_base import load_tokenizer
+from stages.pretrain import render_corpus, tokenize_corpus
+from stages.training import open_device
 
 _PREPROCESS = {"size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
 _RESNET: dict[str, Any] = {"architecture": "resnet10t", "kwargs": {"channels": [24, 48, 96, 128]}}
@@ -71,28 +73,28 @@ def _pixels(batch: np.ndarray) -> torch.Tensor:
 
 def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Random resized crop, mirror, blur, brightness, contrast and channel gains, one draw per picture."""
-    count = len(pixels)
+    count, device = len(pixels), pixels.device
     scale = torch.from_numpy(np.sqrt(rng.uniform(0.35, 1.0, count))).float()
     shift = torch.from_numpy(rng.uniform(-1, 1, (count, 2))).float() * (1 - scale)[:, None]
     mirror = torch.from_numpy(rng.choice([-1.0, 1.0], count)).float()
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * mirror, scale, shift
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(device), list(pixels.shape), align_corners=False)
     views = F.grid_sample(pixels, grid, align_corners=False, padding_mode="reflection")
     gain = torch.from_numpy(rng.uniform(0.75, 1.25, (count, 3, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-0.2, 0.2, (count, 1, 1, 1))).float()
-    return _blur(views, rng) * gain + offset
+    return _blur(views, rng) * gain.to(device) + offset.to(device)
 
 
 def _blur(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Half of the pictures through a Gaussian: no backbone should live on detail that decoders lose."""
     sigma, places = rng.uniform(0.3, 1.2), torch.arange(-3.0, 4.0)
     kernel = torch.exp(-0.5 * (places / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 7)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 7).to(pixels.device)
     blurred = F.pad(pixels, (3, 3, 3, 3), mode="reflect")
     blurred = F.conv2d(F.conv2d(blurred, kernel, groups=3), kernel.transpose(2, 3), groups=3)
     chosen = torch.from_numpy(rng.random((len(pixels), 1, 1, 1)) < 0.5)
-    return torch.where(chosen, blurred, pixels)
+    return torch.where(chosen.to(pixels.device), blurred, pixels)
 
 
 def _train(
@@ -106,10 +108,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, params.learning_rate, total_steps=steps, pct_start=0.1
     )
+    device = next(modules.parameters()).device
     modules.train()
     bar = tqdm(range(steps), desc=name, disable=None)
     for step in bar:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = loss_of(np.random.default_rng((params.seed, 4, step)))
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
@@ -125,24 +128,24 @@ def _nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
     logits = views @ views.T / temperature
     logits.fill_diagonal_(float("-inf"))
     count = len(first)
-    partner = torch.cat([torch.arange(count, 2 * count), torch.arange(count)])
+    partner = torch.cat([torch.arange(count, 2 * count), torch.arange(count)]).to(views.device)
     return F.cross_entropy(logits, partner)
 
 
 def train_supervised(
-    params: Params, corpus: np.ndarray, labels: np.ndarray
+    params: Params, corpus: np.ndarray, labels: np.ndarray, device: torch.device
 ) -> tuple[nn.Module, nn.ModuleDict]:
     """The net and its reading heads."""
     torch.manual_seed(params.seed)
-    net, heads = new_resnet(), new_heads()
+    net, heads = new_resnet().to(device), new_heads().to(device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         index = np.sort(rng.integers(len(corpus), size=params.batch))
-        pixels = _blur(_pixels(corpus[index]), rng)
+        pixels = _blur(_pixels(corpus[index]).to(device), rng)
         if rng.random() < 0.5:
             pixels = pixels.flip(3)
         features = net(pixels)
-        truth = torch.from_numpy(labels[index])
+        truth = torch.from_numpy(labels[index]).to(device)
         losses = [F.cross_entropy(heads[name](features), truth[:, i]) for i, name in enumerate(READINGS)]
         return torch.stack(losses).sum()
 
@@ -150,14 +153,14 @@ def train_supervised(
     return net, heads
 
 
-def train_ssl(params: Params, corpus: np.ndarray) -> nn.Module:
+def train_ssl(params: Params, corpus: np.ndarray, device: torch.device) -> nn.Module:
     """The net trained to find the other view of the same picture."""
     torch.manual_seed(params.seed + 1)
-    net = new_resnet()
-    projector = nn.Sequential(nn.Linear(_RESNET_DIM, 128), nn.ReLU(), nn.Linear(128, 64))
+    net = new_resnet().to(device)
+    projector = nn.Sequential(nn.Linear(_RESNET_DIM, 128), nn.ReLU(), nn.Linear(128, 64)).to(device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        pixels = _pixels(corpus[np.sort(rng.integers(len(corpus), size=params.batch))])
+        pixels = _pixels(corpus[np.sort(rng.integers(len(corpus), size=params.batch))]).to(device)
         views = [projector(net(_augment(pixels, rng))) for _ in range(2)]
         return _nt_xent(views[0], views[1], params.ssl_temperature)
 
@@ -165,19 +168,20 @@ def train_ssl(params: Params, corpus: np.ndarray) -> nn.Module:
     return net
 
 
-def train_clip(params: Params, corpus: np.ndarray, tokens: np.ndarray, config: dict[str, Any]) -> nn.Module:
+def train_clip(
+    params: Params, corpus: np.ndarray, tokens: np.ndarray, config: dict[str, Any], device: torch.device
+) -> nn.Module:
     """The open_clip model trained to match pictures with their captions."""
     torch.manual_seed(params.seed + 2)
-    net = CLIP(**config)
+    net = CLIP(**config).to(device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         index = np.sort(rng.integers(len(corpus), size=params.batch))
-        text = torch.from_numpy(
-            tokens[index, rng.integers(tokens.shape[1], size=params.batch)].astype(np.int64)
-        )
-        image, words, scale = net(_blur(_pixels(corpus[index]), rng), text)[:3]
+        text = tokens[index, rng.integers(tokens.shape[1], size=params.batch)].astype(np.int64)
+        pixels = _blur(_pixels(corpus[index]).to(device), rng)
+        image, words, scale = net(pixels, torch.from_numpy(text).to(device))[:3]
         logits = scale.clamp(max=100) * image @ words.T
-        target = torch.arange(len(index))
+        target = torch.arange(len(index), device=device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     _train(net, loss_of, params, params.clip_steps, "clip")
@@ -200,6 +204,7 @@ def clip_config(params: Params, vocabulary: int, positions: int) -> dict[str, An
 
 def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, scratch: Path) -> None:
     """Trains each backbone that is not in `out` yet; each is written whole or not at all."""
+    device = open_device(corpus_params.device)
     corpus = render_corpus(corpus_params, scratch / "corpus.npy")
     tokenizer = load_tokenizer(base / "tokenizer")
     revision = f"corpus {corpus_params.seed}/{corpus_params.pictures}"
@@ -207,16 +212,16 @@ def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, s
     if not (out / "supervised" / "heads.safetensors").exists():
         scenes = (corpus_scene(corpus_params.seed, i) for i in range(len(corpus)))
         labels = np.array([list(true_readings(scene).values()) for scene in scenes])
-        net, heads = train_supervised(params, corpus, labels)
+        net, heads = train_supervised(params, corpus, labels, device)
         write_backbone(out / "supervised", resnet, net)
         with atomic_path(out / "supervised" / "heads.safetensors") as temporary:
             save_file({k: v.half() for k, v in heads.state_dict().items()}, temporary)
     if not (out / "ssl").exists():
-        write_backbone(out / "ssl", resnet, train_ssl(params, corpus))
+        write_backbone(out / "ssl", resnet, train_ssl(params, corpus, device))
     if not (out / "clip").exists():
         tokens = tokenize_corpus(corpus_params, tokenizer, scratch / "tokens.npy")
         config = clip_config(params, len(tokenizer), corpus_params.text_positions)
-        net = train_clip(params, corpus, tokens, config)
+        net = train_clip(params, corpus, tokens, config, device)
         write_backbone(
             out / "clip",
             {"library": "open_clip", "model_cfg": config, "preprocess": _PREPROCESS, "revision": revision},

@@ -22,7 +22,7 @@ from miniworld.scene import (
     draw_instance,
     draw_scene,
 )
-from stages.pretrain import Params as PretrainParams
+from stages.mini_base import Params as PretrainParams
 from stages.render import Params as RenderParams
 
 OBJECTS, STYLES = Counts(6, 2, 4, 3), Counts(3, 1, 2, 2)

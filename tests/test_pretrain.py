@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.params import load_params
 from miniworld.captions import vocabulary
-from stages import pretrain, pretrain_backbones
+from stages import mini_base, pretrain, pretrain_backbones, training
 
 PARAMS = replace(
-    load_params(pretrain.Params, "pretrain"),
+    load_params(mini_base.Params, "pretrain"),
+    device="cpu",
     pictures=24,
     captions_per_picture=2,
     workers=1,
@@ -30,6 +31,10 @@ PARAMS = replace(
     text_layers=1,
     checkpoint_seconds=0.0,
 )
+BACKBONES = pretrain_backbones.Params(
+    seed=0, batch=8, learning_rate=1e-3, supervised_steps=2, ssl_steps=2, ssl_temperature=0.2, clip_steps=2,
+    clip_width=32, clip_layers=1,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_pipeline_is_opened_by_diffusers_and_draws(trained: Path) -> None:
 
 
 def test_every_word_of_the_grammar_is_one_token(trained: Path) -> None:
-    tokenizer = pretrain.load_tokenizer(trained / "base" / "tokenizer")
+    tokenizer = mini_base.load_tokenizer(trained / "base" / "tokenizer")
     for word in vocabulary():
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
     assert len(tokenizer("zebra", add_special_tokens=False).input_ids) > 1
@@ -60,7 +65,7 @@ def test_every_word_of_the_grammar_is_one_token(trained: Path) -> None:
 def test_a_stopped_training_resumes_to_the_same_weights(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, saved = pretrain._save_training, []
+    save, saved = training._save, []
 
     def save_then_stop(path: Path, step: int, *rest: Any) -> None:
         save(path, step, *rest)
@@ -68,7 +73,7 @@ def test_a_stopped_training_resumes_to_the_same_weights(
         if saved[-1] == ("text_to_image.safetensors", 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "_save_training", save_then_stop)
+    monkeypatch.setattr(training, "_save", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(PARAMS, out=tmp_path / "base", scratch=tmp_path / "scratch")
     assert not (tmp_path / "base").exists()
@@ -82,6 +87,23 @@ def test_a_stopped_training_resumes_to_the_same_weights(
     assert apart.mean() < 2e-5
 
 
+def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training.open_device("auto") == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="wanted cuda, but torch sees no GPU; set it to cpu or auto"):
+        training.open_device("cuda")
+
+
+@pytest.mark.gpu
+def test_base_and_backbones_train_on_a_gpu(tmp_path: Path) -> None:
+    params = replace(PARAMS, device="cuda")
+    pretrain.run(params, out=tmp_path / "base", scratch=tmp_path / "scratch")
+    pretrain_backbones.run(
+        BACKBONES, params, base=tmp_path / "base", out=tmp_path / "backbones", scratch=tmp_path / "scratch"
+    )
+    assert all((tmp_path / "backbones" / name / "model.safetensors").exists() for name in ("clip", "ssl"))
+
+
 def test_autoencoder_learns(tmp_path: Path) -> None:
     params = replace(PARAMS, autoencoder_steps=25, warmup_steps=5, ema_decay=0.8, checkpoint_seconds=1e9)
     corpus = pretrain.render_corpus(params, tmp_path / "corpus.npy")
@@ -93,17 +115,13 @@ def test_autoencoder_learns(tmp_path: Path) -> None:
         return float((decoded - pixels).square().mean())
 
     torch.manual_seed(params.seed)
-    untrained = error(pretrain.new_autoencoder(params).eval())
+    untrained = error(mini_base.new_autoencoder(params).eval())
     assert error(pretrain.train_autoencoder(params, corpus, tmp_path)) < 0.7 * untrained
 
 
 def test_backbones_are_written_and_loaded(trained: Path, tmp_path: Path) -> None:
-    params = pretrain_backbones.Params(
-        seed=0, batch=8, learning_rate=1e-3, supervised_steps=2, ssl_steps=2, ssl_temperature=0.2,
-        clip_steps=2, clip_width=32, clip_layers=1,
-    )  # fmt: skip
     pretrain_backbones.run(
-        params, PARAMS, base=trained / "base", out=tmp_path / "backbones", scratch=trained / "scratch"
+        BACKBONES, PARAMS, base=trained / "base", out=tmp_path / "backbones", scratch=trained / "scratch"
     )
     for name in ("clip", "ssl", "supervised"):
         settings = BackboneSettings(
