@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from attribution import cuda_library as cuda
-from attribution.cuda_gallery import Rows, allocate, stream_of
+from attribution.cuda_device import allocate, stream_of
+from attribution.cuda_rows import Rows
 
 # Below these, float32 arithmetic overflows nowhere (csrc/cuda/exact.h has the same).
 SAFE_PRODUCT, SAFE_NORM = 2.0**100, 2.0**60

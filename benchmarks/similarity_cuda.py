@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attribution import similarity_cuda
+from attribution import cuda_call, similarity_cuda
 from benchmarks.similarity_cuda_peers import peers
 
 INV_TAU, B = 100.0, -0.04  # some tens to hundreds of rows of 10 million random ones have weight
@@ -66,7 +66,7 @@ def ceilings() -> dict[str, float]:
 
 
 def in_batches(queries: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
-    size = similarity_cuda.QUERY_BATCH
+    size = cuda_call.QUERY_BATCH
     return lambda: [run(queries[first : first + size]) for first in range(0, len(queries), size)]
 
 

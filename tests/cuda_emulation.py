@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attribution import cuda_gallery, cuda_library, similarity_cuda
+from attribution import cuda_device, cuda_library
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -38,5 +38,4 @@ def emulate(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """impl="cuda" runs on the CPU from here on, with the filter of that name."""
     library = emulated_library()
     monkeypatch.setattr(cuda_library.Library, "has_hopper", property(lambda self: kernel == "hopper"))
-    for module in (cuda_gallery, similarity_cuda):
-        monkeypatch.setattr(module, "open_device", lambda device=None: (library, torch.device("cpu")))
+    monkeypatch.setattr(cuda_device, "open_device", lambda device=None: (library, torch.device("cpu")))

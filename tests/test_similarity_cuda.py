@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from attribution import cuda_gallery, cuda_library, parts, similarity, similarity_cuda
+from attribution import (
+    cuda_batch,
+    cuda_call,
+    cuda_library,
+    cuda_streamed,
+    cuda_walk,
+    parts,
+    similarity,
+    similarity_cuda,
+)
 from tests import oracle
 from tests.cuda_emulation import emulate
 from tests.test_similarity import assert_same
@@ -99,20 +108,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, fresh: int = 300) -> None:
     def plan(k: int, window: int, rows: int, queries: int) -> tuple[int, int, int]:
         return k + max(window, k // 2 + 64) + fresh, 256, 4
 
-    monkeypatch.setattr(similarity_cuda, "plan_chunks", plan)
+    monkeypatch.setattr(cuda_walk, "plan_chunks", plan)
 
 
 @pytest.fixture
 def walks(device: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How long the chunks were that had to be walked with care."""
     lengths: list[int] = []
-    chunk = similarity_cuda.Batch._chunk
+    chunk = cuda_batch.Batch._chunk
 
     def counted(self: Any, index: int, begin: int, end: int, *rest: Any) -> None:
         lengths.append(end - begin)
         chunk(self, index, begin, end, *rest)
 
-    monkeypatch.setattr(similarity_cuda.Batch, "_chunk", counted)
+    monkeypatch.setattr(cuda_batch.Batch, "_chunk", counted)
     small_chunks(monkeypatch)
     monkeypatch.setattr(similarity, "WINDOW_CAP", 50)
     return lengths
@@ -144,7 +153,7 @@ def test_all_scores_equal(walks: list[int]) -> None:
 
 
 def test_a_streamed_gallery_is_the_gallery(walks: list[int], tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cuda_gallery, "SLAB_BYTES", 400 * 24 * 2)
+    monkeypatch.setattr(cuda_streamed, "SLAB_BYTES", 400 * 24 * 2)
     rng = np.random.default_rng(3)
     queries, gallery = oracle.planted(rng, 2, 1203, 24)
     gallery = gallery[np.argsort(gallery @ queries[0])].astype(np.float16)  # ever better rows
@@ -185,7 +194,7 @@ def test_search_finds_what_attribute_finds(device: str) -> None:
 
 def test_batches_of_queries_change_no_bit(device: str, monkeypatch) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(6), 7, 300, 24)
-    monkeypatch.setattr(similarity_cuda, "QUERY_BATCH", 3)
+    monkeypatch.setattr(cuda_call, "QUERY_BATCH", 3)
     check(queries, torch.from_numpy(gallery), k=4, **SHARP)
     want = similarity.attribute(queries, gallery, k=4, impl="cpu", **SHARP)
     assert_same(want, similarity.attribute(queries, gallery, k=4, impl="cuda", **SHARP))
@@ -336,7 +345,7 @@ def test_any_world_gives_the_bits_of_the_cpu(device: str, world) -> None:
 @pytest.mark.parametrize("k", [1, 100, 1000, 50_000])
 @pytest.mark.parametrize("queries", [1, 1024])
 def test_chunks_leave_room_for_what_they_emit(queries: int, k: int, rows: int) -> None:
-    capacity, first, growth = similarity_cuda.plan_chunks(k, 2048, rows, queries)
+    capacity, first, growth = cuda_walk.plan_chunks(k, 2048, rows, queries)
     assert capacity >= min(rows, k + 2048)
     assert min(rows, first) <= capacity
     assert (growth - 1) * 1.4 * k + k <= capacity or capacity == rows
