@@ -3,12 +3,16 @@
 In: data/world/exemplars.parquet, the base model. Out: data/customized/<concept_id>/, a delta in the files
 that diffusers loads, with customized.json; and _prior/, the base's own images of each noun. Incremental: a
 concept whose exemplars, parameters, base and code are as they were is kept, one that is gone is removed, a
-killed run goes on where it was. Cost: about 2 s per concept on 2 CPU cores with the mini base.
+killed run goes on where it was, and what fails is named when all others are done. Cost: about 2 s per concept
+on 2 CPU cores with the mini base.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,10 +44,20 @@ from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, content_key, read_json, write_json
 from attribution.images import decode_image
 from attribution.params import load_params
-from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
+from attribution.sampling import Drawing, Sampler, base_stack
 from attribution.seeds import seed_from
-from stages.incremental import Summary, batches, code_key, prune
-from stages.workers import base_pipeline, is_worker, worker_map
+from stages.incremental import (
+    StageError,
+    Summary,
+    alone_in,
+    batches,
+    code_key,
+    concerns_one,
+    one_line,
+    prune,
+    room_for,
+)
+from stages.workers import base_pipeline, batched, draw_fitting, fitting, is_worker, worker_map
 
 PRIOR = "_prior"
 RECORD = "customized.json"
@@ -112,36 +126,51 @@ def run(
 ) -> Summary:
     """Brings `customized` up to date with the concepts of `exemplars` (None: fresh ones and others).
 
-    Raises RuntimeError naming the concepts that failed, after all others are done.
+    Raises StageError naming the concepts that failed, after all others are done, or what stopped the run.
     """
     wanted = read_concepts(exemplars, fresh=fresh)
     base_key = content_key(base.key(), code_key(*map(str, CODE)))
-    keys = concept_keys(params, base_key, wanted)
-    customized.mkdir(parents=True, exist_ok=True)
-    summary = Summary("customize", pruned=prune(customized, [PRIOR, *keys]))
-    customizer = Customizer(params, base, base_key, keys, customized)
-    prune(customized / PRIOR, [base_key])
-    pending = []
-    for concept in wanted:
-        record = customized / concept.concept_id / RECORD
-        if record.is_file() and read_json(record)["key"] == keys[concept.concept_id]:
-            summary.reused.append(concept.concept_id)
-        else:
-            pending.append(concept)
-    if pending:
-        groups = batches(wanted, pending, params.concepts_per_batch)
-        with (
-            worker_map(min(params.workers, len(groups))) as each,
-            tqdm(total=len(pending), desc="customize", unit="concept", disable=None) as progress,
-        ):
-            one_of_each = {params.prior_prompt(concept): concept for concept in pending}
-            list(each(customizer.draw_prior, one_of_each.values()))
-            for group, part in zip(groups, each(customizer.learn, groups), strict=True):
-                summary.done += part.done
-                summary.failed |= part.failed
-                progress.update(len(group))
+    customizer = Customizer(params, base, base_key, concept_keys(params, base_key, wanted), customized)
+    with alone_in(customized):
+        summary = Summary("customize", pruned=prune(customized, [PRIOR, *customizer.keys]))
+        prune(customized / PRIOR, [base_key])
+        pending = []
+        for concept in wanted:
+            if customizer.is_done(concept.concept_id):
+                summary.reused.append(concept.concept_id)
+            else:
+                pending.append(concept)
+        with summary.counting([concept.concept_id for concept in pending], customizer.is_done):
+            customize_all(customizer, batches(wanted, pending, params.concepts_per_batch), summary)
     summary.raise_failures()
     return summary
+
+
+def customize_all(customizer: Customizer, groups: Sequence[Sequence[Concept]], summary: Summary) -> None:
+    """Customizes group by group as far as the disk has room; `summary` says what came of each concept."""
+    params, pending = customizer.params, list(itertools.chain(*groups))
+    if not pending:
+        return
+    # What is there of an earlier run gives way to what is made.
+    new = {concept.concept_id for concept in pending if not customizer.folder(concept.concept_id).exists()}
+    if summary.reused:
+        room_for(len(new), "customized models", like=customizer.folder(summary.reused[0]))
+    with (
+        worker_map(min(params.workers, len(groups))) as each,
+        tqdm(total=len(pending), desc="customize", unit="concept", disable=None) as progress,
+    ):
+        one_of_each = {params.prior_prompt(concept): concept for concept in pending}
+        reasons = dict(zip(one_of_each, each(customizer.draw_prior, one_of_each.values()), strict=True))
+        for concept in pending:
+            if reason := reasons[params.prior_prompt(concept)]:
+                summary.failed[concept.concept_id] = reason
+        groups = [[one for one in group if one.concept_id not in summary.failed] for group in groups]
+        for group, part in zip(groups, each(customizer.learn, groups), strict=True):
+            summary.add(part)
+            progress.update(len(group))
+            new -= {*part.done, *part.failed}
+            if part.done:
+                room_for(len(new), "customized models", like=customizer.folder(part.done[0]))
 
 
 def concept_keys(params: Params, base_key: str, wanted: Sequence[Concept]) -> dict[str, str]:
@@ -174,13 +203,32 @@ class Customizer:
         """Where the base's own images are kept, by what they depend on."""
         return self.customized / PRIOR / self.base_key
 
-    def draw_prior(self, concept: Concept) -> None:
-        """Makes sure that the base's own images for this concept's noun are there."""
+    def folder(self, concept_id: str) -> Path:
+        """Where its customized model is, or will be."""
+        return self.customized / concept_id
+
+    def is_done(self, concept_id: str) -> bool:
+        """Whether its customized model is there and made from what it would be made from now."""
+        record = self.folder(concept_id) / RECORD
+        return record.is_file() and read_json(record)["key"] == self.keys[concept_id]
+
+    def draw_prior(self, concept: Concept) -> str | None:
+        """Makes sure that the base's own images for this concept's noun are there, or says why not."""
         prompt, word = self.params.prior_prompt(concept), self.params.words(concept).initializer
-        prior_latents(base_pipeline(self.base), self.params, prompt, word, self.priors)
+        try:
+            prior_latents(base_pipeline(self.base), self.params, prompt, word, self.priors)
+        except Exception as error:
+            if not concerns_one(error):
+                raise
+            return one_line(error)
+        return None
 
     def learn(self, group: Sequence[Concept]) -> Summary:
-        """Trains a group in one batch and writes what each has learned; says what is done and what failed."""
+        """Trains a group in batches that fit in memory and writes what each concept has learned."""
+        return batched(self.learn_at_once, group, name=lambda one: one.concept_id, where="customize")
+
+    def learn_at_once(self, group: Sequence[Concept]) -> Summary:
+        """Trains a group in one batch; says what is done and what failed."""
         pipe = base_pipeline(self.base)
         summary = Summary("customize")
         lessons: list[Lesson] = []
@@ -189,8 +237,10 @@ class Customizer:
             try:
                 lessons.append(prepare(pipe, self.params, concept, self.priors))
                 learned.append(concept)
-            except ValueError as error:
-                summary.failed[concept.concept_id] = str(error)
+            except Exception as error:
+                if not concerns_one(error):
+                    raise
+                summary.failed[concept.concept_id] = one_line(error)
         if not lessons:
             return summary
         silent = True if is_worker() else None
@@ -206,7 +256,7 @@ class Customizer:
                 if not np.isfinite(losses[:, i]).all():
                     summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
                     continue
-                folder = commit.enter_context(atomic_path(self.customized / concept.concept_id))
+                folder = commit.enter_context(atomic_path(self.folder(concept.concept_id)))
                 stack[i].write(folder, dtype=getattr(torch, self.params.saved_dtype))
                 record = {
                     "key": self.keys[concept.concept_id],
@@ -240,10 +290,12 @@ def prepare(pipe: StableDiffusionPipeline, params: Params, concept: Concept, pri
         views.append(view)
         prompts.append(f"{view.words} {plain[which]}".strip())
     prior_prompt = params.prior_prompt(concept)
+    pixels = np.stack([view.pixels for view in views])
+    latents = fitting(functools.partial(encode_images, pipe), pixels, 32, where="customize", noun="views")
     return Lesson(
         concept_id=concept.concept_id,
         initializer=words.initializer,
-        latents=encode_images(pipe, np.stack([view.pixels for view in views])).float().cpu(),
+        latents=torch.cat(latents).float().cpu(),
         valid=torch.from_numpy(np.stack([view.valid for view in views])),
         prompts=tuple(prompts),
         prior_latents=prior_latents(pipe, params, prior_prompt, words.initializer, priors),
@@ -262,7 +314,11 @@ def prior_latents(
             Drawing(0, prompt, seed_from(params.seed, "prior", prompt, i)) for i in range(params.prior_images)
         ]
         stack = base_stack(pipe, [initializer])
-        latents = draw_latents(pipe, stack, drawings, params.prior_sampler, batch_size=params.prior_images)
+        latents = draw_fitting(
+            pipe, stack, drawings, params.prior_sampler, max(1, params.prior_images), where="customize"
+        )
+        if not latents.isfinite().all():
+            raise ValueError(f"{prompt!r}: not finite numbers come of it; try base.dtype: float32")
         with atomic_path(path) as partial:
             save_file({"latents": latents.float().cpu()}, partial)
     return load_file(path)["latents"]
@@ -270,12 +326,15 @@ def prior_latents(
 
 def main() -> None:
     """`python -m stages.customize`, from the repository's root."""
-    summary = run(
-        load_params(Params, "customize"),
-        load_params(BaseSettings, "base"),
-        exemplars=Path("data/world/exemplars.parquet"),
-        customized=Path("data/customized"),
-    )
+    try:
+        summary = run(
+            load_params(Params, "customize"),
+            load_params(BaseSettings, "base"),
+            exemplars=Path("data/world/exemplars.parquet"),
+            customized=Path("data/customized"),
+        )
+    except StageError as error:
+        sys.exit(str(error))
     print(summary)
 
 

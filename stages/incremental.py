@@ -3,36 +3,110 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from attribution.files import content_key
+from attribution.files import DiskFullError, content_key, require_space
+from attribution.memory import is_out_of_memory
 
 T = TypeVar("T")
+SHOWN = 20
+
+
+class StageError(RuntimeError):
+    """What a run did and why that is not all, in lines for a terminal."""
 
 
 @dataclass
 class Summary:
-    """What a run did with each item, for one line at its end."""
+    """What a run did with each item, for one line at its end and one for each failure.
+
+    `skipped` are those that it did not come to, because of `stopped`.
+    """
 
     noun: str
     done: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     pruned: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    stopped: str = ""
 
     def __str__(self) -> str:
         counts = (len(self.done), len(self.reused), len(self.pruned), len(self.failed))
-        return f"{self.noun}: {counts[0]} done, {counts[1]} reused, {counts[2]} pruned, {counts[3]} failed"
+        line = f"{self.noun}: {counts[0]} done, {counts[1]} reused, {counts[2]} pruned, {counts[3]} failed"
+        return line + f", {len(self.skipped)} skipped" * bool(self.skipped)
+
+    def add(self, part: Summary) -> None:
+        """Takes in what came of some of the items."""
+        self.done += part.done
+        self.failed |= part.failed
+
+    @contextlib.contextmanager
+    def counting(self, wanted: Iterable[str], is_done: Callable[[str], bool]) -> Iterator[None]:
+        """A full disk or a dead process ends the block and not the count: each item wanted has its place."""
+        try:
+            yield
+        except (DiskFullError, BrokenExecutor) as error:
+            self.stopped = one_line(error)
+        for item in wanted:
+            if item not in self.failed and item not in self.done:
+                # Whatever stopped the run, other processes may have finished theirs.
+                (self.done if is_done(item) else self.skipped).append(item)
 
     def raise_failures(self) -> None:
-        """Raises RuntimeError naming the items that failed; what is done stays done."""
-        if self.failed:
-            reasons = "; ".join(f"{item}: {reason}" for item, reason in sorted(self.failed.items()))
-            raise RuntimeError(f"{self}: {reasons}")
+        """Raises StageError naming what failed; what is done stays done."""
+        if self.failed or self.stopped:
+            lines = [f"{item}: {reason}" for item, reason in sorted(self.failed.items())]
+            rest = [f"and {len(lines) - SHOWN:,} more"] * (len(lines) > SHOWN)
+            stop = [f"stopped: {self.stopped}"] * bool(self.stopped)
+            raise StageError("\n  ".join([str(self), *lines[:SHOWN], *rest, *stop]))
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, however long, in a line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+
+
+def concerns_one(error: Exception) -> bool:
+    """Whether an item is at fault, or too large: the others may go on."""
+    return isinstance(error, ValueError | FileNotFoundError) or is_out_of_memory(error)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other run is in such a block for `folder`, which is made; a process that ends, however, leaves it.
+
+    Raises StageError if one is. A file system without locks keeps nobody out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say = f"{folder}: another run is at work there; wait for it to end, or end it"
+                raise StageError(say) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def room_for(count: int, noun: str, *, like: Path) -> None:
+    """Returns only where `count` more of the size of `like`, a file or folder, fit beside it."""
+    members = like.rglob("*") if like.is_dir() else (like,)
+    size = sum(member.stat().st_size for member in members if member.is_file())
+    require_space(like.parent, count * size, f"{count:,} more {noun}")
 
 
 def code_key(*modules: str) -> str:
@@ -46,14 +120,16 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def batches(wanted: Sequence[T], pending: Sequence[T], size: int) -> list[Sequence[T]]:
-    """`pending`, part of `wanted`, in batches of `size`: first the chunks of `wanted` of which none is done.
+    """`pending`, a part of `wanted` in its order, in batches of `size`.
 
-    So a run that resumes forms the batches an undisturbed run would have formed, whichever of them were done:
-    batched arithmetic rounds by batch, and the results stay equal to the bit.
+    First come the chunks of `wanted` of which none is done. So a run that resumes forms the batches that an
+    undisturbed run would have formed, whichever of them were done: batched arithmetic rounds by batch, and
+    the results stay equal to the bit.
     """
     whole, rest = [], []
+    queue = deque(pending)
     for chunk in chunks(wanted, size):
-        left = [item for item in chunk if item in pending]
+        left = [queue.popleft() for item in chunk if queue and queue[0] == item]
         if len(left) == len(chunk):
             whole.append(chunk)
         else:

@@ -4,7 +4,8 @@ In: data/customized, data/prompts, data/world/exemplars.parquet, data/shipped/sy
 model. Out: data/synthesized/<concept_id>.parquet, image tables, and data/queries.parquet, the rest.
 Concepts of train and val are drawn from train prompts, those of test from test prompts. Any row can be drawn
 again with diffusers alone: load the delta, then pipe(prompt, generator=torch.Generator().manual_seed(seed)).
-Incremental per concept, as customize. Cost: about 2 s per concept of 20 images on 2 CPU cores (mini base).
+Incremental per concept, and what fails is named when all others are done, as in customize. Cost: about 2 s
+per concept of 20 images on 2 CPU cores (mini base).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,11 +33,12 @@ from attribution.concepts import Concept, fill_prompt, read_concepts
 from attribution.customized_model import TOKEN, CustomizedModel, ModelStack
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image, read_image_table, write_image_table
+from attribution.memory import is_out_of_memory
 from attribution.params import load_params, read_yaml
-from attribution.sampling import Drawing, Sampler, draw_latents
+from attribution.sampling import Drawing, Sampler
 from attribution.seeds import seed_from
-from stages.incremental import Summary, batches, code_key, prune
-from stages.workers import base_pipeline, worker_map
+from stages.incremental import StageError, Summary, alone_in, batches, code_key, prune, room_for
+from stages.workers import base_pipeline, batched, draw_fitting, fitting, worker_map
 
 CODE = (
     __file__,
@@ -101,33 +104,47 @@ def run(
     synthesized: Path,
     fresh: bool | None = True,
 ) -> Summary:
-    """Brings `synthesized` up to date with the customized models of the (fresh) concepts."""
+    """Brings `synthesized` up to date with the customized models of the (fresh) concepts.
+
+    Raises StageError naming the concepts that failed, after all others are done, or what stopped the run.
+    """
     wanted = read_concepts(exemplars, fresh=fresh)
     words = read_prompts(prompts)
     requests = {concept.concept_id: choose(params, concept, words) for concept in wanted}
-    keys = _keys(params, base, customized, requests)
-    synthesized.mkdir(parents=True, exist_ok=True)
-    summary = Summary(
-        "synthesize", pruned=prune(synthesized, [f"{concept_id}.parquet" for concept_id in keys])
-    )
-    pending: list[str] = []
-    for concept_id, key in keys.items():
-        path = synthesized / f"{concept_id}.parquet"
-        is_same = path.is_file() and (pq.read_schema(path).metadata or {}).get(KEY) == key.encode()
-        (summary.reused if is_same else pending).append(concept_id)
-    if pending:
-        images_per_concept = max(len(requests[concept_id]) for concept_id in pending)
-        total = sum(len(requests[concept_id]) for concept_id in pending)
-        groups = batches(list(keys), pending, max(1, params.images_per_batch // images_per_concept))
+    with alone_in(customized), alone_in(synthesized):
+        keys, without = _keys(params, base, customized, requests)
         synthesizer = Synthesizer(params, base, keys, requests, customized, synthesized)
-        with (
-            worker_map(min(params.workers, len(groups))) as each,
-            tqdm(total=total, desc="synthesize", unit="image", disable=None) as progress,
-        ):
-            for group, images in zip(groups, each(synthesizer.draw, groups), strict=True):
-                progress.update(images)
-                summary.done += group
+        pruned = prune(synthesized, [f"{concept_id}.parquet" for concept_id in requests])
+        summary = Summary("synthesize", pruned=pruned, failed=without)
+        pending: list[str] = []
+        for concept_id in keys:
+            (summary.reused if synthesizer.is_done(concept_id) else pending).append(concept_id)
+        with summary.counting(pending, synthesizer.is_done):
+            synthesize_all(synthesizer, pending, summary)
+    summary.raise_failures()
     return summary
+
+
+def synthesize_all(synthesizer: Synthesizer, pending: Sequence[str], summary: Summary) -> None:
+    """Draws concept by concept as far as the disk has room; `summary` says what came of each."""
+    if not pending:
+        return
+    params, images = synthesizer.params, {name: len(synthesizer.requests[name]) for name in pending}
+    groups = batches(list(synthesizer.keys), pending, max(1, params.images_per_batch // max(images.values())))
+    # What is there of an earlier run gives way to what is made.
+    new = {concept_id for concept_id in pending if not synthesizer.table(concept_id).exists()}
+    if summary.reused:
+        room_for(len(new), "tables of images", like=synthesizer.table(summary.reused[0]))
+    with (
+        worker_map(min(params.workers, len(groups))) as each,
+        tqdm(total=sum(images.values()), desc="synthesize", unit="image", disable=None) as progress,
+    ):
+        for group, part in zip(groups, each(synthesizer.draw, groups), strict=True):
+            summary.add(part)
+            progress.update(sum(images[concept_id] for concept_id in group))
+            new -= {*part.done, *part.failed}
+            if part.done:
+                room_for(len(new), "tables of images", like=synthesizer.table(part.done[0]))
 
 
 @dataclass(frozen=True)
@@ -141,18 +158,33 @@ class Synthesizer:
     customized: Path
     synthesized: Path
 
-    def draw(self, group: Sequence[str]) -> int:
-        """Draws a group of concepts in common batches and writes the table of each; says how many images."""
+    def table(self, concept_id: str) -> Path:
+        """Where its images are, or will be."""
+        return self.synthesized / f"{concept_id}.parquet"
+
+    def is_done(self, concept_id: str) -> bool:
+        """Whether its images are there and drawn with the model that is there now."""
+        path = self.table(concept_id)
+        if not path.is_file():
+            return False
+        return (pq.read_schema(path).metadata or {}).get(KEY) == self.keys[concept_id].encode()
+
+    def draw(self, group: Sequence[str]) -> Summary:
+        """Draws a group of concepts in common batches that fit in memory and writes the table of each."""
+        return batched(self.draw_at_once, group, name=str, where="synthesize")
+
+    def draw_at_once(self, group: Sequence[str]) -> Summary:
+        """Draws a group of concepts in common batches; says what is done."""
         pipe = base_pipeline(self.base)
         models = [CustomizedModel.read(self.customized / concept_id) for concept_id in group]
         requests = [self.requests[concept_id] for concept_id in group]
         images = draw(pipe, self.params, models, requests)
         with contextlib.ExitStack() as commit:
             for concept_id, wanted, pictures in zip(group, requests, images, strict=True):
-                path = commit.enter_context(atomic_path(self.synthesized / f"{concept_id}.parquet"))
+                path = commit.enter_context(atomic_path(self.table(concept_id)))
                 table = _table(concept_id, wanted, pictures, self.params)
                 write_image_table(path, table.replace_schema_metadata({KEY: self.keys[concept_id].encode()}))
-        return sum(map(len, requests))
+        return Summary("synthesize", done=list(group))
 
 
 def read_prompts(folder: Path) -> Prompts:
@@ -211,17 +243,35 @@ def draw(
     models: Sequence[CustomizedModel],
     requests: Sequence[Sequence[Request]],
 ) -> list[np.ndarray]:
-    """RGB images [images, height, width, 3] of each model for its own requests, drawn in common batches."""
+    """RGB images [images, height, width, 3] of each model for its own requests, drawn in common batches.
+
+    Raises ValueError for models that do not fit the base, and for images that are not finite numbers.
+    """
     drawings = [
         Drawing(model, request.prompt, request.seed)
         for model, mine in enumerate(requests)
         for request in mine
     ]
-    latents = draw_latents(
-        pipe, ModelStack.of(models), drawings, params.sampler, batch_size=params.images_per_batch
-    )
+    stack = ModelStack.of(models)
+    try:
+        latents = draw_fitting(
+            pipe, stack, drawings, params.sampler, params.images_per_batch, where="synthesize"
+        )
+    except (KeyError, RuntimeError) as error:  # of layers that are missing, or of another size
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"no model of this base: {error}") from error
+    ids = [request.image_id for mine in requests for request in mine]
+    bad = [ids[row] for row in (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()]
+    if bad:
+        raise ValueError(f"{bad[0]}: not finite numbers ({len(bad)} of {len(ids)} images); customize it anew")
+
+    def decode(rows: range) -> np.ndarray:
+        return decode_latents(pipe, latents[rows.start : rows.stop])
+
+    pictures = fitting(decode, range(len(ids)), 32, where="synthesize", noun="decoded images")
     ends = np.cumsum([len(mine) for mine in requests])
-    return np.split(decode_latents(pipe, latents), ends[:-1])
+    return np.split(np.concatenate(pictures), ends[:-1])
 
 
 def write_queries(
@@ -296,37 +346,42 @@ def _table(concept_id: str, requests: Sequence[Request], pictures: np.ndarray, p
 
 def _keys(
     params: Params, base: BaseSettings, customized: Path, requests: dict[str, list[Request]]
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the images of each concept depend on, and the reason for those that have no customized model."""
     shared = content_key(
         replace(params, workers=0, images_per_batch=0, use_shipped=False),
         base.key(),
         code_key(*map(str, CODE)),
     )
-    keys = {}
+    keys, without = {}, {}
     for concept_id, wanted in requests.items():
         delta = [
             customized / concept_id / name
             for name in (customized_model.WEIGHTS_FILE, customized_model.TOKEN_FILE)
         ]
-        for file in delta:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file; run: dvc repro customize")
-        keys[concept_id] = content_key(shared, delta, wanted)
-    return keys
+        missing = [file for file in delta if not file.is_file()]
+        if missing:
+            without[concept_id] = f"{missing[0]}: no such file; run: dvc repro customize"
+        else:
+            keys[concept_id] = content_key(shared, delta, wanted)
+    return keys, without
 
 
 def main() -> None:
-    """`python -m stages.synthesize`, from the repository's root."""
+    """`python -m stages.synthesize`, from the repository's root. No queries are listed if one failed."""
     params, base = load_params(Params, "synthesize"), load_params(BaseSettings, "base")
     exemplars, synthesized = Path("data/world/exemplars.parquet"), Path("data/synthesized")
-    summary = run(
-        params,
-        base,
-        exemplars=exemplars,
-        customized=Path("data/customized"),
-        prompts=Path("data/prompts"),
-        synthesized=synthesized,
-    )
+    try:
+        summary = run(
+            params,
+            base,
+            exemplars=exemplars,
+            customized=Path("data/customized"),
+            prompts=Path("data/prompts"),
+            synthesized=synthesized,
+        )
+    except StageError as error:
+        sys.exit(str(error))
     print(summary)
     print(
         write_queries(

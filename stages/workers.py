@@ -1,4 +1,7 @@
-"""Work shared among single-threaded processes: a small net uses two cores better as two processes."""
+"""Work shared among single-threaded processes, in batches that fit in memory.
+
+A small net uses two cores better as two processes.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,32 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import re
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
 
 from attribution.base_model import BaseSettings, load_base
+from attribution.customized_model import ModelStack
+from attribution.memory import halving, is_out_of_memory
+from attribution.sampling import Drawing, Sampler, draw_latents
+from stages.incremental import Summary, concerns_one, one_line
+
+T = TypeVar("T")
+Result = TypeVar("Result")
+# How many items at a time this process's memory held, where that was fewer than wanted.
+_held: dict[tuple[str, str], int] = {}
 
 
 @contextlib.contextmanager
@@ -23,7 +43,7 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
 
     Functions and items travel by pickle among our own processes. The first error ends the work; what a
     process had finished stays done. A worker does not outlive a parent that was killed. Raises ValueError
-    for less than one worker.
+    for less than one worker, BrokenProcessPool when one was killed.
     """
     if workers < 1:
         raise ValueError(f"workers: wanted at least 1, got {workers}")
@@ -31,10 +51,85 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
         yield map
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+
+    def each(function: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
+        try:
+            yield from pool.map(function, items)
+        except BrokenProcessPool as error:
+            why = "one of the worker processes was killed, most likely for want of memory"
+            do = "run again to go on from there; workers: 1 and smaller batches take less"
+            raise BrokenProcessPool(f"{why}; {do}") from error
+
     try:
-        yield pool.map
+        yield each
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def fitting(
+    run: Callable[[Any], Result], items: Sequence[Any] | np.ndarray, size: int, *, where: str, noun: str
+) -> list[Result]:
+    """The results of `run` on all items, at most `size` at a time and no more than memory has held before.
+
+    Says in a line on stderr when memory runs out and the batch is halved; see attribution.memory.
+    """
+
+    def say(message: Warning | str, *_: object) -> None:
+        tqdm.write(str(message), file=sys.stderr)
+
+    size = min(size, _held.get((where, noun), size))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=re.escape(f"{where}: out of memory on "))
+        warnings.showwarning = say  # type: ignore[assignment]
+        results, held = halving(run, items, size, where=where, noun=noun)
+    if held < size:
+        _held[where, noun] = held
+    return results
+
+
+def batched(
+    run: Callable[[Sequence[T]], Summary], batch: Sequence[T], *, name: Callable[[T], str], where: str
+) -> Summary:
+    """What `run` made of a batch of concepts, and of its halves where memory did not hold it.
+
+    Where an error may be the fault of one of them, each is run alone, and fails alone under its name.
+    """
+
+    def attempt(some: Sequence[T]) -> Summary:
+        try:
+            return run(some)
+        except Exception as error:
+            if not concerns_one(error) or (is_out_of_memory(error) and len(some) > 1):
+                raise
+            if len(some) == 1:
+                return Summary(where, failed={name(some[0]): one_line(error)})
+        # Here, where the exception no longer holds what was computed.
+        return merge(attempt([one]) for one in some)
+
+    def merge(parts: Iterable[Summary]) -> Summary:
+        whole = Summary(where)
+        for part in parts:
+            whole.add(part)
+        return whole
+
+    return merge(fitting(attempt, batch, len(batch), where=where, noun="concepts"))
+
+
+def draw_fitting(
+    pipe: StableDiffusionPipeline,
+    stack: ModelStack,
+    drawings: Sequence[Drawing],
+    sampler: Sampler,
+    size: int,
+    *,
+    where: str,
+) -> Tensor:
+    """The latents of attribution.sampling.draw_latents, at most `size` images at a time."""
+
+    def draw(some: Sequence[Drawing]) -> Tensor:
+        return draw_latents(pipe, stack, some, sampler, batch_size=size)
+
+    return torch.cat(fitting(draw, drawings, size, where=where, noun="images") or [draw([])])
 
 
 def is_worker() -> bool:

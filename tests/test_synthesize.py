@@ -22,6 +22,7 @@ from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
 from stages import customize, ship_synthesized, synthesize
+from stages.incremental import StageError
 from stages.synthesize import Params, choose, read_prompts, run, write_queries
 from tests import test_customize
 from tests.test_customize import CONCEPTS, picture, write_exemplars
@@ -161,7 +162,7 @@ def test_what_changes_an_image_draws_it_again(
 
 
 def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
-    with pytest.raises(FileNotFoundError, match=r"o1/.*: no such file; run: dvc repro customize"):
+    with pytest.raises(StageError, match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro customize\n"):
         synthesize_in(tmp_path / "images", world, customized=tmp_path)
 
 
