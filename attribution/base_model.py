@@ -100,10 +100,12 @@ def decode_latents(
     *,
     batch_size: int = 32,
 ) -> UInt8[np.ndarray, "images height width 3"]:
-    """RGB images of latents in the UNet's scale."""
+    """RGB images of latents in the UNet's scale. Raises ValueError for pixels that are no numbers."""
     parts = []
     for start in range(0, len(latents), batch_size):
         batch = latents[start : start + batch_size] / pipe.vae.config.scaling_factor
         pixels = (pipe.vae.decode(batch, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        if pixels.isnan().any():  # they would come out black
+            raise ValueError("the decoder makes pixels that are no numbers; try base.dtype: float32")
         parts.append((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from attribution.files import atomic_path, sha256_bytes
+from attribution.files import atomic_path, require_space, sha256_bytes
 from attribution.images import write_image_table
 from attribution.params import load_params
 from miniworld.captions import PLACES, describe_object, full_caption
@@ -85,23 +85,33 @@ def distractor_tables(params: Params) -> Iterator[pa.Table]:
             rows = []
 
 
-def run(params: Params, *, exemplars: Path, distractors: Path) -> None:
-    """Writes both image tables, each whole or not at all."""
-    write_image_table(exemplars, exemplar_table(params))
+def run(params: Params, *, exemplars: Path, distractors: Path) -> str:
+    """Writes both image tables, each whole or not at all, and returns a line of counts.
+
+    Raises DiskFullError before it draws distractors that the disk has no room for.
+    """
+    rows = exemplar_table(params)
+    require_space(exemplars, rows.nbytes, f"{len(rows):,} exemplars")
+    write_image_table(exemplars, rows)
+    bytes_each = exemplars.stat().st_size / max(1, len(rows))
+    wanted = round(params.distractors * bytes_each)
+    require_space(distractors, wanted, f"{params.distractors:,} distractors")
     with atomic_path(distractors) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         for part, table in enumerate(distractor_tables(params)):
             write_image_table(folder / f"part-{part:05d}.parquet", table)
+    return f"render: {len(rows)} exemplars, {params.distractors} distractors"
 
 
 def main() -> None:
     """`python -m stages.render`."""
     world = Path("data/world")
-    run(
+    line = run(
         load_params(Params, "render"),
         exemplars=world / "exemplars.parquet",
         distractors=world / "distractors",
     )
+    print(line)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ redraws only what changed. In: as for those two. Cost: about 4 s per concept on 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import pyarrow as pa
 
 from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
+from attribution.files import require_space
 from attribution.images import read_image_table, write_image_table
 from attribution.params import load_params
 from stages import customize, synthesize
-from stages.incremental import Summary
+from stages.incremental import StageError, Summary
 
 
 def run(
@@ -51,6 +53,7 @@ def run(
     rows = pa.concat_tables(
         [synthesize.SCHEMA.empty_table(), *(part.cast(synthesize.SCHEMA) for part in parts)]
     )
+    require_space(shipped, rows.nbytes, f"{len(rows):,} images")
     made_from = {
         "base": base.key(),
         "concepts": json.dumps({concept.concept_id: synthesize.identity(concept) for concept in concepts}),
@@ -65,15 +68,18 @@ def run(
 def main() -> None:
     """`python -m stages.ship_synthesized`, from the repository's root."""
     shipped = Path("data/shipped/synthesized.parquet")
-    summaries = run(
-        load_params(customize.Params, "customize"),
-        load_params(synthesize.Params, "synthesize"),
-        load_params(BaseSettings, "base"),
-        exemplars=Path("data/world/exemplars.parquet"),
-        prompts=Path("data/prompts"),
-        work=Path("data/shipping"),
-        shipped=shipped,
-    )
+    try:
+        summaries = run(
+            load_params(customize.Params, "customize"),
+            load_params(synthesize.Params, "synthesize"),
+            load_params(BaseSettings, "base"),
+            exemplars=Path("data/world/exemplars.parquet"),
+            prompts=Path("data/prompts"),
+            work=Path("data/shipping"),
+            shipped=shipped,
+        )
+    except StageError as error:
+        sys.exit(str(error))
     for summary in summaries:
         print(summary)
     print(f"{shipped}: {shipped.stat().st_size / 1e6:.1f} MB")
