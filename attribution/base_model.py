@@ -4,76 +4,165 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.cross_attention import cross_attention
 from attribution.files import content_key
+from attribution.pipeline_folder import checked_commit, find_pipeline
+
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+# What the UNets of neither family have: they would be told more than text and time.
+_STRANGE = (
+    *("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"),
+    *("only_cross_attention", "mid_block_only_cross_attention", "dual_cross_attention"),
+)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What takes less memory and more time; results change by rounding only.
+
+    `checkpoint_gradients`: the UNet's activations are made again on the way back. `slice_attention`:
+    self-attention runs some heads at a time, where torch's own attention is not enough. `slice_vae`: pictures
+    pass through the autoencoder one at a time.
+    """
+
+    checkpoint_gradients: bool
+    slice_attention: bool
+    slice_vae: bool
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Which pipeline: a folder in diffusers' layout, or a hub id with the revision pinned."""
+    """Which pipeline: a folder in diffusers' layout, or a hub id with its commit as the revision.
+
+    `device`: as torch names it, or auto: an accelerator if there is one. `memory`: null saves none.
+    """
 
     model: str
     revision: str | None
     device: str
     dtype: Literal["float32", "float16", "bfloat16"]
+    memory: MemorySettings | None = None
 
     def key(self) -> str:
         """Equal for equal weights in equal precision, wherever the folder lies; no unpinned hub id."""
         if Path(self.model).is_dir():
             return content_key(Path(self.model), self.dtype)
-        if self.revision is None:
-            raise ValueError(
-                f"base.model: {self.model}: no such folder; a hub id wants base.revision: a commit"
-            )
-        return content_key(self.model, self.revision, self.dtype)
+        return content_key(self.model, checked_commit(self.model, self.revision), self.dtype)
 
 
-def load_base(settings: BaseSettings) -> StableDiffusionPipeline:
+def load_base(settings: BaseSettings) -> Pipeline:
     """The frozen pipeline, in the wanted precision whatever the files hold. Reads safetensors only.
 
-    Raises FileNotFoundError for a folder that is not a pipeline's; ValueError for layers we cannot customize.
+    The autoencoder of SDXL stays in float32 where its configuration says that it overflows in float16.
+    Raises FileNotFoundError for a folder that is not a pipeline's and for a hub id that cannot be had;
+    ValueError for a pipeline that we cannot customize, and for a device that is not there.
     """
-    folder = Path(settings.model)
-    local = folder.is_dir()
-    if local and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder}: no model_index.json; wanted a folder written by save_pretrained")
-    halves = local and any(folder.glob("unet/*.fp16.safetensors"))
+    device, dtype = find_device(settings.device), getattr(torch, settings.dtype)
+    found = find_pipeline(settings.model, settings.revision, halves=settings.dtype == "float16")
+    is_xl = found.family == "StableDiffusionXLPipeline"
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(
-        settings.model,
-        revision=settings.revision,
-        variant="fp16" if halves else None,
-        dtype=getattr(torch, settings.dtype),
+    left_out: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    left_out |= {} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, found.family).from_pretrained(
+        found.path,
+        variant=found.variant,
+        dtype=dtype,
         use_safetensors=True,
-        local_files_only=local,
-        low_cpu_mem_usage=False,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(settings.device)
+        local_files_only=True,
+        # With accelerate, tensors go from the file to their place, without random ones made first.
+        low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
+        **left_out,
+    )
+    _check(pipe, settings.model)
+    pipe.to(device)
+    if is_xl and dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-    for name, layer in cross_attention(pipe.unet).items():
-        if layer.norm_cross or layer.to_k.bias is not None or layer.to_v.bias is not None:
-            raise ValueError(
-                f"{settings.model}: {name}: keys or values with a norm or a bias are not supported"
-            )
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    if settings.memory is not None:
+        save_memory(pipe, settings.memory)
     return pipe
 
 
-def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
+def find_device(name: str) -> torch.device:
+    """The device of that name; of auto, the accelerator (CUDA, MPS, ...), or else the CPU.
+
+    Raises ValueError for a name that is none, or of a device that is not there.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"base.device: wanted auto, cpu, cuda, cuda:1, mps ..., got {name}") from error
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
+    if name not in {*there, *(one.partition(":")[0] for one in there)}:
+        raise ValueError(f"base.device: no {device} here; wanted auto or one of: {', '.join(there)}")
+    return device
+
+
+def save_memory(pipe: Pipeline, memory: MemorySettings) -> None:
+    """From here on the pipeline works as `memory` says."""
+    if memory.checkpoint_gradients:
+        pipe.unet.enable_gradient_checkpointing()
+    if memory.slice_attention:
+        pipe.enable_attention_slicing()
+    if memory.slice_vae:
+        pipe.vae.enable_slicing()
+
+
+def text_encoders(pipe: Pipeline) -> list[tuple[Any, Any]]:
+    """The tokenizer and encoder of Stable Diffusion 1 and 2, or both pairs of SDXL."""
+    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    return pairs
+
+
+def _check(pipe: Pipeline, name: str) -> None:
+    """Raises ValueError for a base that is told more than words, and for layers that we cannot customize."""
+    unet, vae = pipe.unet.config, pipe.vae.config
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise ValueError(
+            f"{name}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the latents"
+            f" have {vae.latent_channels}: for inpainting, editing or upscaling; wanted text to image"
+        )
+    is_xl = isinstance(pipe, StableDiffusionXLPipeline)
+    strange = [key for key in _STRANGE if np.any(unet.get(key) or False)]
+    strange += [key for key in ("latents_mean", "shift_factor") if vae.get(key)]
+    if unet.addition_embed_type != ("text_time" if is_xl else None):
+        strange.append("addition_embed_type")
+    if any(getattr(encoder.config, "use_attention_mask", False) for _, encoder in text_encoders(pipe)):
+        strange.append("use_attention_mask")
+    if strange:
+        raise ValueError(f"{name}: configured with {', '.join(strange)}, which is not supported")
+    layers = cross_attention(pipe.unet)
+    if not layers:
+        raise ValueError(f"{name}: no layer of the UNet reads the text; there is nothing to customize")
+    for layer, module in layers.items():
+        if not module.is_cross_attention:
+            raise ValueError(f"{name}: {layer}: wanted cross-attention, got a layer that reads no text")
+        if module.norm_cross or module.to_k.bias is not None or module.to_v.bias is not None:
+            raise ValueError(f"{name}: {layer}: keys or values with a norm or a bias are not supported")
+
+
+def latent_shape(pipe: Pipeline) -> tuple[int, int, int]:
     """Channels, height, width of the latents of one image at the pipeline's own size."""
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -82,7 +171,7 @@ def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def encode_images(
-    pipe: StableDiffusionPipeline, images: UInt8[np.ndarray, "images height width 3"], *, batch_size: int = 32
+    pipe: Pipeline, images: UInt8[np.ndarray, "images height width 3"], *, batch_size: int = 32
 ) -> Float[Tensor, "images channels rows columns"]:
     """The latents (the mode of the posterior, in the UNet's scale) of RGB images."""
     parts = []
@@ -95,7 +184,7 @@ def encode_images(
 
 @torch.inference_mode()
 def decode_latents(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     latents: Float[Tensor, "images channels rows columns"],
     *,
     batch_size: int = 32,
@@ -103,7 +192,7 @@ def decode_latents(
     """RGB images of latents in the UNet's scale. Raises ValueError for pixels that are no numbers."""
     parts = []
     for start in range(0, len(latents), batch_size):
-        batch = latents[start : start + batch_size] / pipe.vae.config.scaling_factor
+        batch = latents[start : start + batch_size].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         pixels = (pipe.vae.decode(batch, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
         if pixels.isnan().any():  # they would come out black
             raise ValueError("the decoder makes pixels that are no numbers; try base.dtype: float32")
