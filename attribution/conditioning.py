@@ -24,6 +24,12 @@ def word_id(pipe: StableDiffusionPipeline, word: str) -> int:
     return int(ids[0])
 
 
+def word_vectors(pipe: StableDiffusionPipeline, words: Sequence[str]) -> Float[Tensor, "words dim"]:
+    """The rows of the base's token table for words of its vocabulary. Raises ValueError for others."""
+    ids = [word_id(pipe, word) for word in words]
+    return pipe.text_encoder.get_input_embeddings().weight[ids].detach()
+
+
 def token_ids(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], models: Sequence[int], *, token: str = TOKEN
 ) -> Int[Tensor, "prompts words"]:

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 # A layer's keys and values, one row of text each: [..., words, out].
 KeysValues = Mapping[str, tuple[Tensor, Tensor]]
+# What the UNet says of latents at timesteps, given the text and the number of each sample's model.
+Predict = Callable[[Tensor, Tensor, KeysValues, Tensor], Tensor]
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
@@ -20,15 +23,25 @@ def cross_attention(unet: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in unet.named_modules() if name.endswith(".attn2")}
 
 
+def base_projections(unet: nn.Module) -> dict[str, Float[Tensor, "out dim"]]:
+    """The base's own keys and values of the text: `<layer>.attn2.to_k` and `.to_v`."""
+    weights = {}
+    for name, layer in cross_attention(unet).items():
+        weights[f"{name}.to_k"] = layer.to_k.weight.detach()
+        weights[f"{name}.to_v"] = layer.to_v.weight.detach()
+    return weights
+
+
 def project(
-    weights: Mapping[str, Float[Tensor, "models out dim"]], text: Float[Tensor, "models prompts words dim"]
+    weights: Mapping[str, Float[Tensor, "#models out dim"]], text: Float[Tensor, "models prompts words dim"]
 ) -> KeysValues:
     """Each model's keys and values of its own prompts, by layer: [models, prompts, words, out] each."""
     models, prompts, words, _ = text.shape
     flat = text.flatten(1, 2).to(next(iter(weights.values())).dtype)
 
     def apply(name: str) -> Tensor:
-        return torch.bmm(flat, weights[name].transpose(1, 2)).view(models, prompts, words, -1)
+        own = weights[name].expand(models, -1, -1)
+        return torch.bmm(flat, own.transpose(1, 2)).view(models, prompts, words, -1)
 
     layers = [name.removesuffix(".to_k") for name in weights if name.endswith(".to_k")]
     return {layer: (apply(f"{layer}.to_k"), apply(f"{layer}.to_v")) for layer in layers}
@@ -51,17 +64,28 @@ class _TextAttention:
 
 
 @contextlib.contextmanager
-def text_attention(unet: nn.Module) -> Iterator[Callable[[Tensor, Tensor, KeysValues], Tensor]]:
-    """Inside, `predict(latents, timesteps, keys_values)` runs the UNet; [samples, words, out] by layer."""
+def text_attention(unet: nn.Module) -> Iterator[Callable[..., Tensor]]:
+    """Inside, `predict(latents, timesteps, keys_values)` runs the UNet; [samples, words, out] by layer.
+
+    A fourth argument are weights to run it with in place of its own, by name.
+    """
     layers = cross_attention(unet)
     given: dict[str, tuple[Tensor, Tensor]] = {}
     before = {name: layer.processor for name, layer in layers.items()}
 
-    def predict(latents: Tensor, timesteps: Tensor, keys_values: KeysValues) -> Tensor:
+    def predict(
+        latents: Tensor,
+        timesteps: Tensor,
+        keys_values: KeysValues,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         given.update(keys_values)
         # The UNet wants some text to be there; the layers that would read it do not.
         text = latents.new_zeros(len(latents), 1, 1)
-        return unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        options = {"encoder_hidden_states": text, "return_dict": False}
+        if weights is None:
+            return unet(latents, timesteps, **options)[0]
+        return functional_call(unet, dict(weights), (latents, timesteps), options)[0]
 
     for name, layer in layers.items():
         layer.set_processor(_TextAttention(name, given))

@@ -1,4 +1,4 @@
-"""A customized model as what it adds to its base: cross-attention keys and values, and one token."""
+"""A customized model as what it adds to its base: one token, and the weights that its method tunes."""
 
 from __future__ import annotations
 
@@ -12,73 +12,26 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
 TOKEN_FILE = "new1.safetensors"
 TOKEN = "<new1>"
-_SUFFIX = ".processor.to_{}_custom_diffusion.weight"
 
 
 @dataclass(frozen=True)
 class CustomizedModel:
-    """The delta of one customized model. `weights` maps `<layer>.attn2.to_k` and `.to_v` to [out, in]."""
+    """The delta of one customized model; its method says what the `weights` are."""
 
+    method: str
     weights: Mapping[str, Tensor]
     vector: Float[Tensor, " dim"]
     token: str = TOKEN
 
-    def write(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """`folder` holds the two files that diffusers loads itself.
-
-            pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS_FILE, _pipeline=pipe)
-            pipe.load_textual_inversion(folder, weight_name=TOKEN_FILE)
-
-        `_pipeline` is needed: without it diffusers 0.42 reads the file and then sets nothing.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, weight in self.weights.items():
-            layer, projection = name.rsplit(".to_", 1)
-            tensors[layer + _SUFFIX.format(projection)] = weight.detach().to("cpu", dtype).contiguous()
-            # diffusers wants a processor for every attention layer, and reads an empty tensor as untouched.
-            # Its save_attn_procs drops these, and load_attn_procs then refuses the file it wrote.
-            tensors[layer.removesuffix("attn2") + "attn1.processor"] = torch.zeros(0, dtype=dtype)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        vector = self.vector.detach().to("cpu", dtype).contiguous()
-        save_file({self.token: vector}, folder / TOKEN_FILE, metadata={"format": "pt"})
-
-    @staticmethod
-    def read(folder: Path) -> CustomizedModel:
-        """The delta in `folder`, as float32, whoever wrote it.
-
-        Raises FileNotFoundError for a missing file, ValueError naming file and key that does not belong.
-        """
-        path = folder / WEIGHTS_FILE
-        weights = {}
-        for key, tensor in _read(path).items():
-            for projection in "kv":
-                suffix = _SUFFIX.format(projection)
-                if key.endswith(suffix):
-                    weights[f"{key.removesuffix(suffix)}.to_{projection}"] = tensor.float()
-                    break
-            else:
-                if len(tensor):
-                    raise ValueError(
-                        f"{path}: wanted keys like <layer>.attn2{_SUFFIX.format('k')}, got {key}"
-                    )
-        if not weights:
-            raise ValueError(f"{path}: no key ends in {_SUFFIX.format('k')}")
-        tokens = _read(folder / TOKEN_FILE)
-        if len(tokens) != 1:
-            raise ValueError(f"{folder / TOKEN_FILE}: wanted one token, got {', '.join(tokens) or 'none'}")
-        ((token, vector),) = tokens.items()
-        return CustomizedModel(weights, vector.float().reshape(-1), token)
-
 
 @dataclass(frozen=True)
 class ModelStack:
-    """Customized models side by side, so that one batch can serve them all. Names as in CustomizedModel."""
+    """Customized models of one method side by side, so that one batch can serve them all."""
 
-    weights: Mapping[str, Float[Tensor, "models out dim"]]
+    method: str
+    weights: Mapping[str, Tensor]  # [models, ...] each
     vectors: Float[Tensor, "models dim"]
     token: str = TOKEN
 
@@ -87,12 +40,16 @@ class ModelStack:
 
     @staticmethod
     def of(models: Sequence[CustomizedModel]) -> ModelStack:
-        """Raises ValueError if the models do not share one base architecture and one token."""
+        """Raises ValueError if the models do not share one method, one base architecture and one token."""
         first = models[0]
-        shapes = [{name: tuple(weight.shape) for name, weight in model.weights.items()} for model in models]
-        if any(shape != shapes[0] for shape in shapes) or any(model.token != first.token for model in models):
-            raise ValueError("customized models of different bases or tokens cannot be stacked")
+        kinds = [
+            (model.method, model.token, {name: tuple(weight.shape) for name, weight in model.weights.items()})
+            for model in models
+        ]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError("customized models of different methods, bases or tokens cannot be stacked")
         return ModelStack(
+            first.method,
             {name: torch.stack([model.weights[name] for model in models]) for name in first.weights},
             torch.stack([model.vector for model in models]),
             first.token,
@@ -100,15 +57,36 @@ class ModelStack:
 
     def __getitem__(self, index: int) -> CustomizedModel:
         weights = {name: weight[index].detach() for name, weight in self.weights.items()}
-        return CustomizedModel(weights, self.vectors[index].detach(), self.token)
+        return CustomizedModel(self.method, weights, self.vectors[index].detach(), self.token)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ModelStack:
         """The same stack elsewhere."""
         weights = {name: weight.to(device, dtype) for name, weight in self.weights.items()}
-        return ModelStack(weights, self.vectors.to(device, dtype), self.token)
+        return ModelStack(self.method, weights, self.vectors.to(device, dtype), self.token)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def write_token(folder: Path, token: str, vector: Float[Tensor, " dim"], dtype: torch.dtype) -> None:
+    """The file that `pipe.load_textual_inversion(folder, weight_name=TOKEN_FILE)` reads."""
+    write_tensors(folder / TOKEN_FILE, {token: vector}, dtype)
+
+
+def read_token(folder: Path) -> tuple[str, Float[Tensor, " dim"]]:
+    """The one token of the file and its row. Raises as `read_tensors`, and ValueError for other than one."""
+    tokens = read_tensors(folder / TOKEN_FILE)
+    if len(tokens) != 1:
+        raise ValueError(f"{folder / TOKEN_FILE}: wanted one token, got {', '.join(tokens) or 'none'}")
+    ((token, vector),) = tokens.items()
+    return token, vector.float().reshape(-1)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """`path` holds these tensors in this precision."""
+    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file, as they are. Raises FileNotFoundError or ValueError, both naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

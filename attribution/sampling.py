@@ -1,7 +1,7 @@
 """Drawing with many customized models of one base in one batch.
 
-Only what differs between customized models is kept apart: one row of the token table, and the keys and values
-that cross-attention takes from the text. Everything else runs once for the whole batch.
+What differs between customized models is kept apart: one row of the token table, the keys and values that
+cross-attention takes from the text, and what else their method tunes. The rest runs once for the whole batch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attribution.base_model import latent_shape
-from attribution.conditioning import encode_text, token_ids, word_id
-from attribution.cross_attention import cross_attention, project, text_attention
+from attribution.conditioning import encode_text, token_ids, word_vectors
+from attribution.cross_attention import project
+from attribution.customization import METHODS
 from attribution.customized_model import TOKEN, ModelStack
 
 
@@ -55,17 +56,11 @@ class Drawing:
 def base_stack(
     pipe: StableDiffusionPipeline, initializers: Sequence[str], *, token: str = TOKEN
 ) -> ModelStack:
-    """One copy of the base for each word; the new token's row is that of the word.
+    """The base itself, once for each word; the new token's row is that of the word.
 
     Raises ValueError if that is not one token of the vocabulary.
     """
-    models = len(initializers)
-    words = [word_id(pipe, word) for word in initializers]
-    weights = {}
-    for name, layer in cross_attention(pipe.unet).items():
-        weights[f"{name}.to_k"] = layer.to_k.weight.detach().repeat(models, 1, 1)
-        weights[f"{name}.to_v"] = layer.to_v.weight.detach().repeat(models, 1, 1)
-    return ModelStack(weights, pipe.text_encoder.get_input_embeddings().weight[words].detach(), token)
+    return ModelStack("textual_inversion", {}, word_vectors(pipe, initializers), token)
 
 
 @torch.inference_mode()
@@ -89,17 +84,20 @@ def draw_latents(
     empty = [(drawing.model, "") for drawing in drawings]
     pairs = [(drawing.model, drawing.prompt) for drawing in drawings]
     place = {pair: number for number, pair in enumerate(dict.fromkeys([*empty, *pairs]))}
+    stack = stack.to(device, dtype)
     keys_values = _keys_values(pipe, stack, list(place))
     scheduler = sampler.build(pipe.scheduler.config)
     guided = sampler.guidance > 1
     options = {"eta": sampler.eta} if sampler.scheduler == "ddim" else {}
     finished = []
-    with text_attention(pipe.unet) as predict:
+    with METHODS[stack.method].network(pipe.unet, stack.weights) as predict:
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
             rows = [place[pair] for pair in pairs[start : start + batch_size]]
+            models = torch.tensor([drawing.model for drawing in batch], device=device)
             if guided:
                 rows = [place[pair] for pair in empty[start : start + batch_size]] + rows
+                models = models.repeat(2)
             index = torch.tensor(rows, device=device)
             batch_keys_values = {layer: (k[index], v[index]) for layer, (k, v) in keys_values.items()}
             noise = [torch.Generator().manual_seed(drawing.seed) for drawing in batch]
@@ -110,7 +108,7 @@ def draw_latents(
                 inputs = scheduler.scale_model_input(
                     torch.cat([latents, latents] if guided else [latents]), timestep
                 )
-                output = predict(inputs, timestep, batch_keys_values)
+                output = predict(inputs, timestep, batch_keys_values, models)
                 if guided:
                     without, with_text = output.chunk(2)
                     output = without + sampler.guidance * (with_text - without)
@@ -126,14 +124,16 @@ def _keys_values(
     pipe: StableDiffusionPipeline, stack: ModelStack, pairs: Sequence[tuple[int, str]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Keys and values by layer, [pairs, words, out] each, of (model, prompt) pairs in any order."""
-    stack = stack.to(pipe.device, pipe.unet.dtype)
+    own = METHODS[stack.method].text_weights(pipe.unet, stack.weights)
     models = [model for model, _ in pairs]
     ids = token_ids(pipe, [prompt for _, prompt in pairs], models, token=stack.token)
     text = torch.cat([encode_text(pipe, part, stack.vectors) for part in ids.split(256)])
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for model in dict.fromkeys(models):
         mine = torch.tensor([other == model for other in models], device=text.device)
-        weights = {name: weight[model : model + 1] for name, weight in stack.weights.items()}
+        weights = {
+            name: weight[model : model + 1] if len(weight) > 1 else weight for name, weight in own.items()
+        }
         for layer, parts in project(weights, text[mine][None]).items():
             if layer not in found:
                 key, value = (part.new_empty(len(pairs), *part.shape[2:]) for part in parts)

@@ -23,10 +23,10 @@ from diffusers import StableDiffusionPipeline
 
 from attribution.base_model import BaseSettings, load_base
 from attribution.concepts import read_concepts
-from attribution.custom_diffusion import Lesson, train
 from attribution.files import write_json
+from attribution.lessons import Lesson, train
 from attribution.params import load_params
-from stages.customize import Params, prepare
+from stages.customize import METHOD, Params, prepare
 from stages.incremental import chunks
 
 
@@ -46,7 +46,7 @@ def seconds_per_concept(
     """Wall time and processor time of training all lessons in batches of this size, over their number."""
     start, cpu_start = time.perf_counter(), time.process_time()
     for group in chunks(lessons, concepts_per_batch):
-        train(pipe, group, params.training, seed=params.seed)
+        train(pipe, group, params.training, method=METHOD, seed=params.seed)
     return (time.perf_counter() - start) / len(lessons), (time.process_time() - cpu_start) / len(lessons)
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as priors:
         lessons = [prepare(pipe, params, concept, Path(priors)) for concept in concepts]
     sizes = [2**power for power in range(len(lessons).bit_length()) if 2**power <= len(lessons)]
-    train(pipe, lessons[:1], replace(params.training, steps=2), seed=0)
+    train(pipe, lessons[:1], replace(params.training, steps=2), method=METHOD, seed=0)
     found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     # Sizes take turns, so that whatever else the machine does falls on all of them.
     for _ in range(options.repeats):

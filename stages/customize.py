@@ -32,20 +32,27 @@ from attribution import (
     conditioning,
     cross_attention,
     custom_diffusion,
+    customization,
     customized_model,
+    dreambooth,
+    lessons,
+    lora,
     sampling,
     seeds,
+    textual_inversion,
 )
 from attribution.augmentation import AugmentationSettings, draw_view
 from attribution.base_model import BaseSettings, encode_images, latent_shape
 from attribution.concepts import Concept, fill_prompt, read_concepts
-from attribution.custom_diffusion import Lesson, TrainingSettings, train
+from attribution.customization import RECORD, write_model
 from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, content_key, read_json, write_json
 from attribution.images import decode_image
+from attribution.lessons import Lesson, train
 from attribution.params import load_params
 from attribution.sampling import Drawing, Sampler, base_stack
 from attribution.seeds import seed_from
+from attribution.training_settings import TrainingSettings
 from stages.incremental import (
     StageError,
     Summary,
@@ -60,7 +67,7 @@ from stages.incremental import (
 from stages.workers import base_pipeline, batched, draw_fitting, fitting, is_worker, worker_map
 
 PRIOR = "_prior"
-RECORD = "customized.json"
+METHOD = "custom_diffusion"
 # What a customized model depends on besides its data.
 CODE = (
     __file__,
@@ -69,10 +76,15 @@ CODE = (
     concepts.__file__,
     cross_attention.__file__,
     custom_diffusion.__file__,
+    customization.__file__,
     customized_model.__file__,
     conditioning.__file__,
+    dreambooth.__file__,
+    lessons.__file__,
+    lora.__file__,
     sampling.__file__,
     seeds.__file__,
+    textual_inversion.__file__,
 )
 
 
@@ -248,7 +260,12 @@ class Customizer:
             total=self.params.training.steps, desc="batch", unit="step", leave=False, disable=silent
         ) as steps:
             stack, losses = train(
-                pipe, lessons, self.params.training, seed=self.params.seed, on_step=steps.update
+                pipe,
+                lessons,
+                self.params.training,
+                method=METHOD,
+                seed=self.params.seed,
+                on_step=steps.update,
             )
         # All are written before the first takes its place, so that a kill hardly ever splits a batch.
         with contextlib.ExitStack() as commit:
@@ -257,9 +274,10 @@ class Customizer:
                     summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
                     continue
                 folder = commit.enter_context(atomic_path(self.folder(concept.concept_id)))
-                stack[i].write(folder, dtype=getattr(torch, self.params.saved_dtype))
+                write_model(folder, stack[i], pipe.unet, dtype=getattr(torch, self.params.saved_dtype))
                 record = {
                     "key": self.keys[concept.concept_id],
+                    "method": METHOD,
                     "concept_id": concept.concept_id,
                     "kind": concept.kind,
                     "noun": concept.noun,

@@ -27,9 +27,22 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from attribution import base_model, conditioning, cross_attention, customized_model, sampling, seeds
+from attribution import (
+    base_model,
+    conditioning,
+    cross_attention,
+    custom_diffusion,
+    customization,
+    customized_model,
+    dreambooth,
+    lora,
+    sampling,
+    seeds,
+    textual_inversion,
+)
 from attribution.base_model import BaseSettings, decode_latents
 from attribution.concepts import Concept, fill_prompt, read_concepts
+from attribution.customization import model_files, read_model
 from attribution.customized_model import TOKEN, CustomizedModel, ModelStack
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image, read_image_table, write_image_table
@@ -37,17 +50,22 @@ from attribution.memory import is_out_of_memory
 from attribution.params import load_params, read_yaml
 from attribution.sampling import Drawing, Sampler
 from attribution.seeds import seed_from
-from stages.incremental import StageError, Summary, alone_in, batches, code_key, prune, room_for
+from stages.incremental import StageError, Summary, alone_in, batches, code_key, one_line, prune, room_for
 from stages.workers import base_pipeline, batched, draw_fitting, fitting, worker_map
 
 CODE = (
     __file__,
     base_model.__file__,
     cross_attention.__file__,
+    custom_diffusion.__file__,
+    customization.__file__,
     customized_model.__file__,
     conditioning.__file__,
+    dreambooth.__file__,
+    lora.__file__,
     sampling.__file__,
     seeds.__file__,
+    textual_inversion.__file__,
 )
 KEY = b"key"
 KINDS = {"object": ("media", "gpt"), "style": ("object", "gpt")}
@@ -176,7 +194,7 @@ class Synthesizer:
     def draw_at_once(self, group: Sequence[str]) -> Summary:
         """Draws a group of concepts in common batches; says what is done."""
         pipe = base_pipeline(self.base)
-        models = [CustomizedModel.read(self.customized / concept_id) for concept_id in group]
+        models = [read_model(self.customized / concept_id) for concept_id in group]
         requests = [self.requests[concept_id] for concept_id in group]
         images = draw(pipe, self.params, models, requests)
         with contextlib.ExitStack() as commit:
@@ -355,13 +373,10 @@ def _keys(
     )
     keys, without = {}, {}
     for concept_id, wanted in requests.items():
-        delta = [
-            customized / concept_id / name
-            for name in (customized_model.WEIGHTS_FILE, customized_model.TOKEN_FILE)
-        ]
-        missing = [file for file in delta if not file.is_file()]
-        if missing:
-            without[concept_id] = f"{missing[0]}: no such file; run: dvc repro customize"
+        try:
+            delta = model_files(customized / concept_id)
+        except (FileNotFoundError, ValueError) as error:
+            without[concept_id] = f"{one_line(error)}; run: dvc repro customize"
         else:
             keys[concept_id] = content_key(shared, delta, wanted)
     return keys, without

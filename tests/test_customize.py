@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from attribution.augmentation import AugmentationSettings
 from attribution.base_model import BaseSettings
-from attribution.custom_diffusion import TrainingSettings
-from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
+from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
+from attribution.customized_model import TOKEN_FILE
 from attribution.files import read_json
 from attribution.images import write_image_table
 from attribution.sampling import Sampler
+from attribution.training_settings import TrainingSettings
 from stages import customize
 from stages.customize import RECORD, Params, Words, run
 from tests.tiny import save_tiny_pipeline

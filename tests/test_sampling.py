@@ -12,10 +12,11 @@ from diffusers import StableDiffusionPipeline
 from attribution.base_model import BaseSettings, decode_latents, encode_images, latent_shape, load_base
 from attribution.conditioning import token_ids
 from attribution.cross_attention import cross_attention
-from attribution.customized_model import ModelStack
+from attribution.customization import METHODS
 from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
 from attribution.seeds import seed_from
 from tests.tiny import save_tiny_pipeline
+from tests.tiny_models import noisy_stack
 
 DDIM = Sampler("ddim", steps=4, guidance=3.0, eta=0.0)
 
@@ -34,21 +35,10 @@ def settings(model: Path | str) -> BaseSettings:
     return BaseSettings(str(model), None, "cpu", "float32")
 
 
-def noisy_stack(pipe: StableDiffusionPipeline, models: int) -> ModelStack:
-    """Customized models that differ from the base and from each other."""
-    stack = base_stack(pipe, ["art"] * models)
-    generator = torch.Generator().manual_seed(1)
-
-    def shaken(values: torch.Tensor, by: float) -> torch.Tensor:
-        return values + by * torch.randn(values.shape, generator=generator)
-
-    weights = {name: shaken(weight, 0.2) for name, weight in stack.weights.items()}
-    return ModelStack(weights, shaken(stack.vectors, 1.0))
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_change_nothing(pipe: StableDiffusionPipeline, batch_size: int) -> None:
-    stack = noisy_stack(pipe, 3)
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_change_nothing(pipe: StableDiffusionPipeline, method: str, batch_size: int) -> None:
+    stack = noisy_stack(pipe, 3, method)
     drawings = [
         Drawing(i % 3, f"a <new1> {noun}", seed=i) for i, noun in enumerate(["car", "tree", "cat"] * 2)
     ]
@@ -58,24 +48,29 @@ def test_batches_change_nothing(pipe: StableDiffusionPipeline, batch_size: int) 
     torch.testing.assert_close(batched, together, rtol=1e-3, atol=1e-4)
 
 
-def test_models_prompts_and_seeds_all_matter(pipe: StableDiffusionPipeline) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_models_prompts_and_seeds_all_matter(pipe: StableDiffusionPipeline, method: str) -> None:
     drawings = [
         Drawing(0, "a <new1> car", 1),
         Drawing(1, "a <new1> car", 1),
         Drawing(0, "a <new1> tree", 1),
         Drawing(0, "a <new1> car", 2),
     ]
-    latents = draw_latents(pipe, noisy_stack(pipe, 2), drawings, DDIM, batch_size=4)
+    latents = draw_latents(pipe, noisy_stack(pipe, 2, method), drawings, DDIM, batch_size=4)
     distances = torch.cdist(latents.flatten(1), latents.flatten(1))
     assert (distances + torch.eye(4) > 0.01).all()
 
 
-def test_the_pipeline_is_as_before_after_drawing(pipe: StableDiffusionPipeline) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pipeline_is_as_before_after_drawing(pipe: StableDiffusionPipeline, method: str) -> None:
     table = pipe.text_encoder.get_input_embeddings()
     processors = {name: layer.processor for name, layer in cross_attention(pipe.unet).items()}
-    draw_latents(pipe, noisy_stack(pipe, 1), [Drawing(0, "a <new1> car", 0)], DDIM, batch_size=1)
+    weights = {name: weight.clone() for name, weight in pipe.unet.named_parameters()}
+    draw_latents(pipe, noisy_stack(pipe, 1, method), [Drawing(0, "a <new1> car", 0)], DDIM, batch_size=1)
     assert pipe.text_encoder.get_input_embeddings() is table
     assert {name: layer.processor for name, layer in cross_attention(pipe.unet).items()} == processors
+    assert not any(layer._forward_hooks for layer in pipe.unet.modules())
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.unet.named_parameters())
 
 
 def test_nothing_to_draw_is_no_latents(pipe: StableDiffusionPipeline) -> None:

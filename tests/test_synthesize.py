@@ -18,7 +18,8 @@ from PIL import Image
 
 from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
-from attribution.customized_model import TOKEN_FILE, WEIGHTS_FILE
+from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
+from attribution.customized_model import TOKEN_FILE
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
 from stages import customize, ship_synthesized, synthesize

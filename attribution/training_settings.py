@@ -1,0 +1,37 @@
+"""How long and how fast a method of customization trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Per step and concept, `views_per_step` views of exemplars and `priors_per_step` images of the base.
+
+    `learning_rate` is that of the weights: null where the token alone is trained.
+    """
+
+    steps: int
+    learning_rate: float | None
+    token_learning_rate: float
+    weight_decay: float
+    views_per_step: int
+    priors_per_step: int
+    prior_weight: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.views_per_step < 1 or self.priors_per_step < 0:
+            raise ValueError("wanted steps >= 1, views_per_step >= 1, priors_per_step >= 0")
+
+
+@dataclass(frozen=True)
+class LoraSettings(TrainingSettings):
+    """`rank` of what is added to each matrix."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank: wanted at least 1, got {self.rank}")
