@@ -12,6 +12,20 @@ NETS = ("timm", "open_clip", "torchscript")
 
 
 @dataclass(frozen=True)
+class ReadyFeatures:
+    """Features in clip-retrieval's layout, in place of pictures (attribution.clip_retrieval).
+
+    `folder` counts from the repository's root. `model` is what clip-retrieval was told to take, its
+    --clip_model, for its files do not say. `name_column` of their metadata tells the pictures apart (null:
+    the first of image_path, key, url).
+    """
+
+    folder: str
+    model: str
+    name_column: str | None = None
+
+
+@dataclass(frozen=True)
 class BackboneSettings:
     """Which net, with which weights, on which pixels, in which arithmetic.
 
@@ -24,6 +38,7 @@ class BackboneSettings:
     `image_size` is what the model takes, in pixels a side. `dtype` is what is stored, `precision` what is
     computed in (null: float32; the others by autocast). `preprocessing` stands in for the library's own,
     `rename` maps beginnings of the weights' names onto the net's (attribution.weights.read_weights).
+    `normalized` vectors are brought to length 1. `ready_distractors` stand in for the distractors' pictures.
     """
 
     library: Literal["pixels", "color_histogram", "timm", "open_clip", "torchscript"]
@@ -37,6 +52,8 @@ class BackboneSettings:
     precision: Literal["float32", "float16", "bfloat16"] | None = None
     preprocessing: Preprocessing | None = None
     rename: dict[str, str] | None = None
+    normalized: bool | None = None
+    ready_distractors: ReadyFeatures | None = None
 
     def __post_init__(self) -> None:
         needs_model = self.library in ("timm", "open_clip")

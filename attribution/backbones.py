@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from attribution.backbone_settings import NETS, BackboneSettings
-from attribution.features import Space
+from attribution.features import LENGTH_ONE, Space
 from attribution.files import atomic_path, read_json, write_json
 from attribution.memory import halving
 from attribution.nets import Net, build_open_clip, build_timm, load_torchscript
@@ -109,9 +109,21 @@ def _backbone(
     preprocessing: Preprocessing,
     forward: Callable[[np.ndarray], np.ndarray],
 ) -> Backbone:
+    if settings.normalized:
+        forward = _length_one(forward)
     dim = forward(np.zeros((1, preprocessing.crop, preprocessing.crop, 3), np.uint8)).shape[1]
-    space = Space(name, revision, str(preprocessing), dim, settings.dtype)
+    said = str(preprocessing) + LENGTH_ONE * bool(settings.normalized)
+    space = Space(name, revision, said, dim, settings.dtype)
     return Backbone(space, preprocessing, settings.batch_size, forward)
+
+
+def _length_one(forward: Forward) -> Forward:
+    def normalized(pixels: np.ndarray) -> np.ndarray:
+        vectors = forward(pixels)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+    return normalized
 
 
 def _pixels(pixels: UInt8[np.ndarray, "images height width 3"]) -> Float[np.ndarray, "images dim"]:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
-from attribution.features import DTYPES, FeatureSet, Space
-from attribution.files import atomic_path, sha256_bytes, sha256_file, write_json
+from attribution.backbone_settings import BackboneSettings
+from attribution.features import DTYPES, LENGTH_ONE, FeatureSet, Space
+from attribution.files import atomic_path, read_json, require_space, sha256_bytes, write_json
 
 # Columns of the metadata that name a picture, the first that is there.
 NAME_COLUMNS = ("image_path", "key", "url")
+CAPTION_COLUMNS = ("caption", "text", "TEXT", "alt")
 BLOCK = 65536  # rows checked at a time
 # float16 keeps three digits.
 LENGTH_TOLERANCE = 5e-3
-LENGTH_ONE = "; then length 1"
+# Other decoders, resizing and precisions cost hundredths; another model is nowhere near.
+LEAST_COSINE = 0.9
+ROW_BYTES = 200  # about what a row's id and name take on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +46,17 @@ def link_features(
     name_column: str | None = None,
     ids: Literal["digest", "stem"] = "digest",
 ) -> FeatureSet:
-    """A feature set at `path` whose shards stay in `source`: only ids and digests are written.
+    """A feature set at `path`, in `space`, whose shards stay in `source`: ids and digests alone are written.
 
-    `space` is what the vectors are claimed to be in; its dtype becomes theirs. clip-retrieval brings vectors
-    to length 1: where all have it, the space says so, and no features of any other length are mixed with
-    them. An id is derived from the picture's name in `name_column` of the metadata (default: the first of
-    image_path, key, url): the digest of the name, or its stem (x of a/b/x.jpg). Raises FileNotFoundError or
-    ValueError naming the file: no shard, counts or dims that differ, a value not finite, a name twice.
+    Vectors are never copied, and read once, to be checked. An id is derived from the picture's name in
+    `name_column` of the metadata (default: the first of image_path, key, url): the digest of the name, or its
+    stem (x of a/b/x.jpg). Raises FileNotFoundError or ValueError naming the file: no shard, a count, dim or
+    dtype that differs, lengths of 1 where the space has others or the reverse, a value not finite, a name
+    twice. Nothing in the files says which model made them: `check_model`, `least_cosine`.
     """
     shards = find_shards(source)
-    arrays = [_open(shard.vectors, space, shards[0].vectors) for shard in shards]
+    arrays = [_open(shard.vectors, space) for shard in shards]
+    require_space(path, ROW_BYTES * sum(map(len, arrays)), "the ids")
     names = [
         _names(shard.metadata, len(array), name_column) for shard, array in zip(shards, arrays, strict=True)
     ]
@@ -58,21 +65,21 @@ def link_features(
         PurePosixPath(name).stem if ids == "stem" else sha256_bytes(name.encode())[:16] for name in sources
     ]
     _check_unique(source, image_ids, sources)
-    is_length_one = all(
-        [_check_values(shard.vectors, array) for shard, array in zip(shards, arrays, strict=True)]
+    digests = [
+        _check_values(shard.vectors, array, space) for shard, array in zip(shards, arrays, strict=True)
+    ]
+    rows = pa.table(
+        {"image_id": image_ids, "sha256": pa.nulls(len(image_ids), pa.string()), "source": sources}
     )
-    preprocessing = space.preprocessing + LENGTH_ONE * is_length_one
-    space = dataclasses.replace(space, dtype=str(arrays[0].dtype), preprocessing=preprocessing)
-    digests = pa.nulls(len(image_ids), pa.string())
-    rows = pa.table({"image_id": pa.array(image_ids, pa.string()), "sha256": digests, "source": sources})
     written = [
         {
             "file": _reference(shard.vectors, path),
+            "metadata": _reference(shard.metadata, path),
             "rows": len(array),
             "bytes": shard.vectors.stat().st_size,
-            "sha256": sha256_file(shard.vectors),
+            "sha256": digest,
         }
-        for shard, array in zip(shards, arrays, strict=True)
+        for shard, array, digest in zip(shards, arrays, digests, strict=True)
     ]
     with atomic_path(path) as partial:
         partial.mkdir()
@@ -106,7 +113,82 @@ def find_shards(source: Path) -> list[Shard]:
     return [Shard(vectors[number], metadata[number]) for number in sorted(vectors)]
 
 
-def _open(file: Path, space: Space, first: Path) -> np.memmap:
+def check_model(name: str, settings: BackboneSettings, made_by: str) -> None:
+    """Raises ValueError if `made_by`, as clip-retrieval's --clip_model is told, is not the backbone's model.
+
+    Weights in a file have no name that could differ: of them only the net's is compared.
+    """
+    names = _names_of_model(settings)
+    if not any(re.fullmatch(pattern, made_by) for pattern in names.values()):
+        raise ValueError(f"{name}: wanted features made by {' or '.join(names)}, got {made_by}")
+
+
+def pictures_of(features: FeatureSet, source: Path, count: int) -> dict[str, Path]:
+    """Id to file of at most `count` rows whose names are files that are here, evenly over all; often none."""
+    names = features.rows["source"]
+    found: dict[str, Path] = {}
+    for row in dict.fromkeys(np.linspace(0, len(features) - 1, 4 * count).astype(int).tolist()):
+        name = names[row].as_py()
+        places = [place / name for place in (Path(), source, source.parent) if "://" not in name]
+        file = next((place for place in places if place.is_file()), None)
+        if file is not None and len(found) < count:
+            found[str(features.image_ids[row])] = file
+    return found
+
+
+def least_cosine(
+    source: Path, features: FeatureSet, image_ids: Sequence[str], encoded: Float[np.ndarray, "images dim"]
+) -> float:
+    """The least cosine between the rows of these images and what the backbone made of their pictures.
+
+    Raises ValueError where it is too small for them to be by the same model.
+    """
+    ready = features.select(image_ids)
+    lengths = np.linalg.norm(ready, axis=1) * np.linalg.norm(encoded, axis=1)
+    cosines = (ready * encoded).sum(axis=1) / np.where(lengths > 0, lengths, 1)
+    worst = int(cosines.argmin())
+    if cosines[worst] < LEAST_COSINE:
+        picture = describe(features, [image_ids[worst]])[image_ids[worst]]["caption"]
+        said = f"cosine {cosines[worst]:.3f} with what {features.space.backbone} makes of its picture"
+        raise ValueError(f"{source}: {picture}: {said}; wanted features by the same model")
+    return float(cosines[worst])
+
+
+def describe(features: FeatureSet, image_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Id to what the metadata say of those of the images whose vectors came ready made: {"caption": text}."""
+    shards = read_json(features.path / "space.json")["shards"]
+    starts = np.cumsum([0, *(shard["rows"] for shard in shards)])
+    asked = np.flatnonzero(np.isin(features.image_ids, np.array(image_ids, dtype=np.str_)))
+    found = {}
+    for shard, start, end in zip(shards, starts, starts[1:], strict=False):
+        here = asked[(asked >= start) & (asked < end)]
+        if len(here) and "metadata" in shard:
+            file = features.path / shard["metadata"]
+            present = pq.read_schema(file).names
+            columns = [name for name in (*CAPTION_COLUMNS, *reversed(NAME_COLUMNS)) if name in present]
+            rows = pq.read_table(file, columns=columns).take(here - start).to_pylist()
+            for row, values in zip(here.tolist(), rows, strict=True):
+                said = dict.fromkeys(str(values[name]) for name in columns if values[name])
+                found[str(features.image_ids[row])] = {"caption": " ".join(" ".join(said).split())}
+    return found
+
+
+def _names_of_model(settings: BackboneSettings) -> dict[str, str]:
+    """What clip-retrieval can have been told to get this model: for a reader, and as a pattern."""
+    model, weights = settings.model or settings.library, settings.weights
+    if settings.library != "open_clip" or weights is None or "/" in model:
+        return {model: re.escape(model)}
+    is_file = "/" in weights or bool(Path(weights).suffix)
+    plain = model.removesuffix("-quickgelu")
+    names = {f"open_clip:{model}/{'...' if is_file else weights}"}
+    if weights == "openai" or (is_file and model != plain):
+        # OpenAI's names for its own, which clip-retrieval takes without a library before them.
+        short = re.sub(r"^(ViT-\w+)-(\d+)", r"\1/\2", plain).replace("-336", "@336px")
+        names |= {short, f"open_clip:{plain}/openai"}
+    return {name: re.escape(name).replace(r"\.\.\.", ".+") for name in sorted(names)}
+
+
+def _open(file: Path, space: Space) -> np.memmap:
     try:
         array = np.lib.format.open_memmap(file, mode="r")
     except ValueError as error:
@@ -114,9 +196,11 @@ def _open(file: Path, space: Space, first: Path) -> np.memmap:
     if array.ndim != 2 or array.shape[1] != space.dim or str(array.dtype) not in DTYPES:
         wanted = f"[rows, {space.dim}] of {' or '.join(DTYPES)} for {space.backbone}"
         raise ValueError(f"{file}: wanted {wanted}, got {list(array.shape)} of {array.dtype}")
-    other = np.lib.format.open_memmap(first, mode="r").dtype
-    if array.dtype != other:
-        raise ValueError(f"{file}: {array.dtype}, but {first.name} is {other}")
+    if str(array.dtype) != space.dtype:
+        do = f"say dtype: {array.dtype} in featurize.settings.{space.backbone}"
+        raise ValueError(f"{file}: {array.dtype}, but {space.backbone} is stored in {space.dtype}; {do}")
+    if not array.flags.c_contiguous or file.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"{file}: wanted rows one after another, and nothing else, behind the .npy header")
     return array
 
 
@@ -136,26 +220,40 @@ def _names(file: Path, rows: int, column: str | None) -> list[str]:
 
 
 def _check_unique(source: Path, image_ids: Sequence[str], names: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
-    for image_id, name in zip(image_ids, names, strict=True):
-        if image_id in seen:
-            raise ValueError(
-                f"{source}: {name} and {seen[image_id]} get the same id; name pictures by another column"
-            )
-        seen[image_id] = name
+    _, counts = np.unique(np.array(image_ids, dtype=np.str_), return_counts=True)
+    if (counts > 1).any():
+        seen: dict[str, str] = {}
+        for image_id, name in zip(image_ids, names, strict=True):
+            if image_id in seen:
+                do = "name pictures by another column"
+                raise ValueError(f"{source}: {name} and {seen[image_id]} get the same id; {do}")
+            seen[image_id] = name
 
 
-def _check_values(file: Path, array: np.memmap) -> bool:
-    """Whether all rows have length 1. Raises ValueError for a row that is not finite."""
-    is_length_one = True
+def _check_values(file: Path, array: np.memmap, space: Space) -> str:
+    """The file's sha256. Raises ValueError for a value not finite, or a length the space does not have."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(array.offset))
+    wants_one, all_one = space.preprocessing.endswith(LENGTH_ONE), True
+    do = f"in featurize.settings.{space.backbone}"
     for first in range(0, len(array), BLOCK):
-        block = np.asarray(array[first : first + BLOCK], dtype=np.float32)
-        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-        if len(bad):
-            raise ValueError(f"{file}: row {first + int(bad[0])} has a value that is not a finite number")
-        lengths = np.linalg.norm(block, axis=1)
-        is_length_one = is_length_one and bool(np.abs(lengths - 1).max(initial=0) < LENGTH_TOLERANCE)
-    return is_length_one
+        block = np.asarray(array[first : first + BLOCK])
+        digest.update(block.data)
+        lengths = np.linalg.norm(block.astype(np.float32, copy=False), axis=1)
+        if not np.isfinite(lengths).all():
+            row = first + int(np.flatnonzero(~np.isfinite(lengths))[0])
+            raise ValueError(f"{file}: row {row} has a value that is not a finite number")
+        is_one = np.abs(lengths - 1) < LENGTH_TOLERANCE
+        all_one = all_one and bool(is_one.all())
+        if wants_one and not all_one:
+            row = int(is_one.argmin())
+            said = f"row {first + row} has length {lengths[row]:.4g}, but {space.backbone}'s are brought to 1"
+            raise ValueError(f"{file}: {said}; do: normalized: null {do}")
+    if all_one and not wants_one:
+        said = f"all lengths are 1, as clip-retrieval makes them, but {space.backbone}'s are as they come"
+        raise ValueError(f"{file}: {said}; do: normalized: true {do}")
+    return digest.hexdigest()
 
 
 def _reference(file: Path, path: Path) -> str:

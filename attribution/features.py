@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from attribution.files import atomic_path, read_json, sha256_file, write_json
 
 DTYPES = ("float32", "float16")
+# At the end of a space's preprocessing: its vectors were brought to length 1.
+LENGTH_ONE = "; then length 1"
+BLOCK = 8192  # rows in memory at a time, where not all are
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,36 @@ class FeatureSet:
             raise ValueError(
                 f"{self.path}: no image {missing[0]} ({len(missing)} of {len(image_ids)} missing)"
             )
-        wanted = np.array([row_of[image_id] for image_id in image_ids], dtype=np.int64)
+        return self.take(np.array([row_of[image_id] for image_id in image_ids], dtype=np.int64))
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows dim"]:
+        """The rows of these numbers in this order, float32; no other row is read."""
+        taken = np.empty((len(rows), self.space.dim), np.float32)
+        order = np.argsort(rows, kind="stable")  # shards lie on disk: they are read from front to back
         starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        selected = np.empty((len(wanted), self.space.dim), np.float32)
-        for shard, start in zip(self.shards, starts, strict=False):
-            here = (wanted >= start) & (wanted < start + len(shard))
-            selected[here] = shard[wanted[here] - start]
-        return selected
+        bounds = np.searchsorted(rows, starts, sorter=order)
+        for shard, start, first, end in zip(self.shards, starts, bounds, bounds[1:], strict=False):
+            for block in range(first, end, BLOCK):
+                places = order[block : min(block + BLOCK, end)]
+                taken[places] = shard[rows[places] - start]
+        return taken
+
+    def through(self, function: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "rows out"]:
+        """All rows through `function`, a block at a time: they themselves are never all in memory."""
+        result = np.empty(
+            (len(self), function(np.empty((0, self.space.dim), np.float32)).shape[1]), np.float32
+        )
+        done = 0
+        for block in _regroup(self.shards, BLOCK):
+            result[done : done + len(block)] = function(block.astype(np.float32, copy=False))
+            done += len(block)
+        return result
+
+    @property
+    def is_ready_made(self) -> bool:
+        """Whether the vectors lie elsewhere and came without pictures (attribution.clip_retrieval)."""
+        here = self.path.resolve()
+        return any(Path(str(shard.filename)).resolve().parent != here for shard in self.shards)
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

@@ -9,14 +9,15 @@ Finished shards stay in data/features/.shards/<backbone>, named by the digest of
 the code that made them: a killed run goes on where it was, and one more exemplar costs one shard. The folder
 takes as much disk as the features at most, and may be deleted at any time. Whether the rest fits on
 the disk is asked before anything is computed.
+
+Where a backbone has `ready_distractors`, these vectors are its distractors, opened where they lie
+(attribution.clip_retrieval); they are read once, to be checked: about a second a gigabyte.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +31,11 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from attribution import backbone_settings, backbones, images, nets, preprocessing, weights
+from attribution.backbone_settings import ReadyFeatures
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
+from attribution.clip_retrieval import check_model, least_cosine, link_features, pictures_of
 from attribution.features import assemble_feature_set, write_shard
-from attribution.files import content_key, sha256_bytes
+from attribution.files import atomic_path, content_key, require_space, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
 from attribution.preprocessing import Preprocessing
@@ -44,6 +47,7 @@ CODE = tuple(
     if module.__file__
 )
 BATCHES_AHEAD = 2
+COMPARED = 16  # pictures that are encoded again where ready features still have theirs
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,7 @@ class ShardStore:
         space = self.backbone.space
         finished = sum(file.stat().st_size for file in self.folder.glob("*.npy"))
         wanted = images * space.dim * np.dtype(space.dtype).itemsize - finished
-        there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if wanted > free:
-            asked = f"{wanted / 1e9:.1f} GB of {space.backbone}'s vectors still to write"
-            raise OSError(errno.ENOSPC, f"{self.folder}: {asked}, {free / 1e9:.1f} GB free; make room")
+        require_space(self.folder, wanted, f"what is left of {images:,} vectors")
 
     def prune(self) -> None:
         """Only the shards of this run are left."""
@@ -148,7 +148,11 @@ def run(
     The sets follow their tables' order; that of queries is shipped ones, then fresh ones by concept. Raises
     ValueError naming the image that cannot be read, or a query that no table holds.
     """
-    loaded = load_backbone(backbone, params.settings_of(backbone), root=root)
+    settings = params.settings_of(backbone)
+    loaded = load_backbone(backbone, settings, root=root)
+    ready, said = settings.ready_distractors, ""
+    if ready is not None:
+        said = "; " + link_ready(ready, loaded, settings, root, features / backbone / "distractors")
     started = time.perf_counter()  # what follows grows with the images; loading does not
     workers = params.workers or len(os.sched_getaffinity(0))
     store = ShardStore(shards / backbone, loaded, workers)
@@ -157,12 +161,18 @@ def run(
         "queries": lambda: read_queries(queries, synthesized, shipped),
         "distractors": lambda: read_encoded(distractors),
     }
-    total = count_rows(exemplars) + count_rows(queries) + count_rows(distractors)
+    counts = {"exemplars": count_rows(exemplars), "queries": count_rows(queries)}
+    if ready is None:
+        counts["distractors"] = count_rows(distractors)
+        if not counts["distractors"]:
+            do = f"name ready_distractors in featurize.settings.{backbone}, or pictures in import_data"
+            raise ValueError(f"{distractors}: no distractors; {do}")
+    total = sum(counts.values())
     store.check_room(total)
     with tqdm(total=total, desc=f"featurize {backbone}", unit="image", disable=None) as progress:
-        for name, read in sets.items():
+        for name in counts:
             files, ids, digests = [], [], []
-            for batch in grouped(read(), params.shard_rows):
+            for batch in grouped(sets[name](), params.shard_rows):
                 files.append(store.shard_of(batch, progress.update))
                 ids += [image.image_id for image in batch]
                 digests += [image.sha256 for image in batch]
@@ -171,8 +181,28 @@ def run(
     elapsed_s = time.perf_counter() - started
     return (
         f"featurize {backbone}: {total} images ({total - store.encoded} from finished shards) "
-        f"in {elapsed_s:.1f} s, {total / elapsed_s:.0f} images/s"
+        f"in {elapsed_s:.1f} s, {total / elapsed_s:.0f} images/s{said}"
     )
+
+
+def link_ready(
+    ready: ReadyFeatures, backbone: Backbone, settings: BackboneSettings, root: Path, path: Path
+) -> str:
+    """Makes the feature set at `path` of ready features, and returns what is known of them.
+
+    Raises ValueError where the model, the dim, the dtype, the lengths or the pictures are not the backbone's.
+    """
+    source = root / ready.folder
+    check_model(backbone.space.backbone, settings, ready.model)
+    with atomic_path(path) as partial:
+        linked = link_features(source, partial, backbone.space, name_column=ready.name_column)
+        said = f"{len(linked):,} distractors ready made in {source}, "
+        pictures = pictures_of(linked, source, COMPARED)
+        if not pictures:
+            return said + f"by {ready.model} as params.yaml says: none of their pictures is here"
+        encoded = backbone.encode([decode_image(file) for file in pictures.values()])
+        least = least_cosine(source, linked, list(pictures), encoded)
+    return said + f"{len(pictures)} of them encoded again: cosines of {least:.4f} and more"
 
 
 def read_encoded(table: Path) -> Iterator[EncodedImage]:

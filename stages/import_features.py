@@ -1,11 +1,14 @@
 """Ready features in clip-retrieval's layout as one of a backbone's feature sets, opened where they lie.
 
 In:   a folder with img_emb_*.npy and metadata_*.parquet, also one below in img_emb/ and metadata/; the row of
-      the backbone in params.yaml that made them: nothing in the files can prove that it did.
+      the backbone in params.yaml that made them, and what clip-retrieval was told to make them with.
 Out:  data/features/<backbone>/<set>: ids, digests and references; the vectors are not copied and must stay.
 Cost: the features are read once: about a second a gigabyte.
 
-    python -m stages.import_features clip distractors data/own/features
+    python -m stages.import_features clip exemplars data/own/features --model ViT-B/32 --ids stem
+
+By hand, for exemplars and queries. Distractors need no command: where the backbone's row has
+ready_distractors, `featurize` takes them, and the graph knows when they change.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from attribution.backbones import BackboneSettings, load_backbone
-from attribution.clip_retrieval import link_features
+from attribution.clip_retrieval import check_model, link_features
 from attribution.params import load_params
 
 SETS = ("exemplars", "queries", "distractors")
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
     parser.add_argument("set", choices=SETS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", required=True, help="what clip-retrieval was told as --clip_model")
     parser.add_argument(
         "--name-column", help="the metadata's column of names (default: image_path, key or url)"
     )
@@ -37,6 +41,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     settings = load_params(BackboneSettings, f"featurize.settings.{options.backbone}")
+    check_model(options.backbone, settings, options.model)
     space = load_backbone(options.backbone, settings, root=Path()).space
     path = Path("data/features") / options.backbone / options.set
     found = link_features(options.folder, path, space, name_column=options.name_column, ids=options.ids)

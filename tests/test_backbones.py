@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from attribution.backbones import Backbone, BackboneSettings, Preprocessing, load_backbone, write_backbone
+from attribution.features import LENGTH_ONE
 from attribution.images import ImageError
 
 RNG = np.random.default_rng(11)
@@ -138,6 +139,19 @@ def test_a_shipped_open_clip_net_gives_its_image_embedding(clip: tuple[Path, Any
     wanted = net.encode_image(normalized(backbone.preprocessing, IMAGES)).detach().numpy()
     np.testing.assert_allclose(backbone.encode(IMAGES), wanted, atol=5e-3)
     assert np.ptp(np.linalg.norm(backbone.encode(IMAGES), axis=1)) > 1e-3  # un-normalized
+
+
+def test_normalized_vectors_have_length_one_in_a_space_of_their_own(vit: tuple[Path, Any]) -> None:
+    root, _ = vit
+    plain = load_backbone("vit", SETTINGS, root=root)
+    settings = dataclasses.replace(SETTINGS, normalized=True)
+    normal = load_backbone("vit", settings, root=root)
+    vectors = plain.encode(IMAGES)
+    wanted = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(normal.encode(IMAGES), wanted, atol=1e-6)
+    assert normal.space == dataclasses.replace(
+        plain.space, preprocessing=plain.space.preprocessing + LENGTH_ONE
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])

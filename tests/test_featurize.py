@@ -24,7 +24,7 @@ from PIL import Image
 from attribution import backbones
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.features import FeatureSet
-from attribution.files import sha256_bytes, sha256_file
+from attribution.files import DiskFullError, sha256_bytes, sha256_file
 from attribution.images import ImageError, decode_image, write_image_table
 from attribution.preprocessing import Preprocessing
 from stages.featurize import EncodedImage, Params, grouped, main, pixels_ahead, read_encoded, run
@@ -321,7 +321,7 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     monkeypatch.setattr(Backbone, "encode_pixels", None)
     with pytest.raises(
-        OSError, match=r"shards/pixels: 0\.0 GB of pixels's vectors still to write, 0\.0 GB free"
+        DiskFullError, match=r"shards/pixels: 5\.18 kB wanted for what is left of 27 vectors, 5\.18 kB free"
     ):
         featurize(data)
     monkeypatch.undo()

@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attribution.clip_retrieval import LENGTH_ONE, link_features
-from attribution.features import FeatureSet, Space, check_same_space
+from attribution.backbones import BackboneSettings
+from attribution.clip_retrieval import check_model, describe, link_features
+from attribution.features import LENGTH_ONE, FeatureSet, Space, check_same_space
 from attribution.files import sha256_bytes
 from stages import import_features
 
-SPACE = Space(backbone="clip", revision="r1", preprocessing="resize 224", dim=8, dtype="float32")
+PLAIN = Space(backbone="clip", revision="r1", preprocessing="resize 224", dim=8, dtype="float16")
+SPACE = dataclasses.replace(PLAIN, preprocessing="resize 224" + LENGTH_ONE)
 
 
 def write_shards(
@@ -36,7 +38,7 @@ def write_shards(
             vectors *= length / np.linalg.norm(vectors, axis=1, keepdims=True)
         np.save(vectors_of / f"img_emb_{number}.npy", vectors.astype(dtype))
         names = [f"/images/{number}/{row:05d}_{number}.jpg" for row in range(len(vectors))]
-        rows = {"image_path": names, "caption": ["a caption"] * len(names)}
+        rows = {"image_path": names, "caption": ["a caption"] * len(names), "url": names}
         pq.write_table(pa.table(rows), metadata_of / f"metadata_{number}.parquet")
         parts.append(vectors.astype(dtype))
     return np.concatenate(parts)
@@ -47,14 +49,22 @@ def write_shards(
 def test_features_are_opened_where_they_lie(tmp_path: Path, below: bool, dtype: str) -> None:
     wanted = write_shards(tmp_path / "ready", below=below, dtype=dtype)
     before = sum(file.stat().st_size for file in tmp_path.rglob("*.npy"))
-    found = link_features(tmp_path / "ready", tmp_path / "features" / "distractors", SPACE)
+    space = dataclasses.replace(SPACE, dtype=dtype)
+    found = link_features(tmp_path / "ready", tmp_path / "features" / "distractors", space)
     np.testing.assert_array_equal(found.vectors(), wanted.astype(np.float32))
-    assert found.space.dtype == dtype
+    assert found.space == space
+    assert found.is_ready_made
+    for shard in found.shards:
+        assert isinstance(shard, np.memmap)
+        assert Path(str(shard.filename)).resolve().is_relative_to(tmp_path / "ready")
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.npy")) == before
     first = "/images/0/00000_0.jpg"
     assert found.image_ids[0] == sha256_bytes(first.encode())[:16]
     assert found.rows["source"][0].as_py() == first
     np.testing.assert_array_equal(found.select(found.image_ids[[20, 5]]), wanted[[20, 5]].astype(np.float32))
+    says = describe(found, [str(found.image_ids[30]), "another"])
+    third = "/images/8/00002_8.jpg"
+    assert says == {sha256_bytes(third.encode())[:16]: {"caption": f"a caption {third}"}}
     # As any other feature set, with all its guards.
     again = FeatureSet.open(tmp_path / "features" / "distractors", backbone="clip", verify=True)
     assert len(again) == len(wanted)
@@ -65,13 +75,25 @@ def test_features_are_opened_where_they_lie(tmp_path: Path, below: bool, dtype: 
 
 def test_vectors_of_length_one_are_another_space(tmp_path: Path) -> None:
     """A mapper has a bias: it must never see some features at length 1 and others as they came."""
-    write_shards(tmp_path / "one", dtype="float32")
-    write_shards(tmp_path / "any", dtype="float32", length=None)
-    one, plain = (link_features(tmp_path / name, tmp_path / "out" / name, SPACE) for name in ("one", "any"))
-    assert one.space.preprocessing == "resize 224" + LENGTH_ONE
-    assert plain.space == SPACE
+    write_shards(tmp_path / "one")
+    write_shards(tmp_path / "any", length=None)
+    one, plain = (
+        link_features(tmp_path / name, tmp_path / "out" / name, space)
+        for name, space in (("one", SPACE), ("any", PLAIN))
+    )
     with pytest.raises(ValueError, match=r"another feature space \(preprocessing: wanted 'resize 224', got"):
         check_same_space(one.path, plain.space, one.space)
+    do = r"in featurize\.settings\.clip"
+    with pytest.raises(
+        ValueError,
+        match=rf"img_emb_0\.npy: all lengths are 1, .* clip's are as they .* normalized: true {do}",
+    ):
+        link_features(tmp_path / "one", tmp_path / "out" / "wrong", PLAIN)
+    with pytest.raises(
+        ValueError, match=rf"img_emb_0\.npy: row \d has length .*, but clip's are brought to 1; .*: null {do}"
+    ):
+        link_features(tmp_path / "any", tmp_path / "out" / "wrong", SPACE)
+    assert not (tmp_path / "out" / "wrong").exists()
 
 
 def test_ids_may_be_the_stems_of_the_names(tmp_path: Path) -> None:
@@ -97,9 +119,13 @@ def change(folder: Path, number: int, edit: Callable[[np.ndarray], np.ndarray]) 
     np.save(file, edit(np.load(file)))
 
 
+def append(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"more")
+
+
 def rename_all(folder: Path) -> None:
     for file in folder.glob("metadata_*.parquet"):
-        pq.write_table(pq.read_table(file).rename_columns(["a", "b"]), file)
+        pq.write_table(pq.read_table(file).rename_columns(["a", "b", "c"]), file)
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -121,7 +147,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other dtype": (
         lambda one: change(one, 4, lambda rows: rows.astype(np.float32)),
-        r"img_emb_4\.npy: float32, but img_emb_0\.npy is float16",
+        r"img_emb_4\.npy: float32, but clip is stored in float16; say dtype: float32 in featurize",
     ),
     "not finite": (
         lambda one: change(one, 4, lambda rows: rows * np.nan),
@@ -131,11 +157,19 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda one: (one / "img_emb_4.npy").write_bytes(b"x" * 200),
         r"img_emb_4\.npy: not a \.npy file",
     ),
+    "by columns": (
+        lambda one: change(one, 4, np.asfortranarray),
+        r"img_emb_4\.npy: wanted rows one after another",
+    ),
+    "cut": (
+        lambda one: append(one / "img_emb_4.npy"),
+        r"img_emb_4\.npy: wanted rows one after another, and nothing else",
+    ),
     "no parquet": (
         lambda one: (one / "metadata_4.parquet").write_bytes(b"x"),
         r"metadata_4\.parquet: not a parquet",
     ),
-    "no names": (rename_all, r"metadata_0\.parquet: no column image_path or key or url; it has: a, b"),
+    "no names": (rename_all, r"metadata_0\.parquet: no column image_path or key or url; it has: a, b, c"),
 }
 
 
@@ -164,13 +198,61 @@ def test_the_command_takes_the_space_of_the_backbones_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    row = "library: pixels, model: null, weights: null, image_size: 2, dtype: float32, batch_size: 4"
+    row = "library: pixels, model: null, weights: null, image_size: 2, dtype: float16, batch_size: 4"
     Path("params.yaml").write_text(f"featurize: {{settings: {{tiny: {{{row}}}}}}}\n")
     Path("ready").mkdir()
     np.save("ready/img_emb_0.npy", np.ones((2, 12), np.float16))
     pq.write_table(pa.table({"key": ["a", "b"]}), "ready/metadata_0.parquet")
-    monkeypatch.setattr(sys, "argv", ["import_features", "tiny", "distractors", "ready"])
+    command = ["import_features", "tiny", "distractors", "ready", "--model"]
+    monkeypatch.setattr(sys, "argv", [*command, "ViT-B/32"])
+    with pytest.raises(ValueError, match=r"tiny: wanted features made by pixels, got ViT-B/32"):
+        import_features.main()
+    monkeypatch.setattr(sys, "argv", [*command, "pixels"])
     import_features.main()
     assert "2 vectors of dim 12 in 1 shards: data/features/tiny/distractors" in capsys.readouterr().out
     found = FeatureSet.open("data/features/tiny/distractors", backbone="tiny")
-    assert dataclasses.replace(found.space, dtype="float32").revision == "1"
+    assert found.space.revision == "1"
+
+
+NAMED = BackboneSettings("open_clip", "ViT-B-32-quickgelu", "openai", 224, "float16", 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "made_by", "wanted"),
+    [
+        ({}, "ViT-B/32", None),
+        ({}, "open_clip:ViT-B-32/openai", None),
+        ({}, "open_clip:ViT-B-32-quickgelu/openai", None),
+        ({}, "ViT-L/14", r"made by ViT-B/32 or open_clip:ViT-B-32-.*/openai or open_clip:.*, got ViT-L/14"),
+        ({}, "open_clip:ViT-B-32/laion2b_s34b_b79k", "wanted features made by ViT-B/32 or"),
+        ({"model": "ViT-L-14-336-quickgelu"}, "ViT-L/14@336px", None),
+        ({"model": "RN50-quickgelu"}, "RN50", None),
+        ({"model": "ViT-B-32", "weights": "laion2b_s34b_b79k"}, "open_clip:ViT-B-32/laion2b_s34b_b79k", None),
+        (
+            {"model": "ViT-B-32", "weights": "laion2b_s34b_b79k"},
+            "ViT-B/32",
+            "made by open_clip:ViT-B-32/laion",
+        ),
+        ({"model": "ViT-B-32", "weights": "files/b32.safetensors"}, "open_clip:ViT-B-32/my_own", None),
+        (
+            {"model": "ViT-B-32", "weights": "files/b32.safetensors"},
+            "open_clip:ViT-B-16/my_own",
+            "made by open",
+        ),
+        ({"model": "data/backbones/clip", "weights": "data/w.safetensors"}, "data/backbones/clip", None),
+        (
+            {"library": "timm", "model": "vit_small", "weights": "pretrained"},
+            "ViT-B/32",
+            "made by vit_small, got",
+        ),
+    ],
+)
+def test_the_model_said_to_have_made_them_is_the_backbones(
+    changes: dict[str, str], made_by: str, wanted: str | None
+) -> None:
+    settings = dataclasses.replace(NAMED, **changes)
+    if wanted is None:
+        check_model("clip", settings, made_by)
+    else:
+        with pytest.raises(ValueError, match=f"clip: .*{wanted}"):
+            check_model("clip", settings, made_by)
