@@ -17,6 +17,7 @@ from PIL import Image
 
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
+from attribution.clip_retrieval import describe
 from attribution.features import FeatureSet, check_same_space
 from attribution.files import atomic_path
 from attribution.images import ImageError, decode_image, find_rows
@@ -127,7 +128,7 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
         # Other weights or other preprocessing since the features were made: the scores would mean nothing.
         check_same_space(features.path, backbone.space, features.space)
     image_ids = np.concatenate([features.image_ids for features in sets])
-    gallery = np.concatenate([mapper.map_real(features.vectors()) for features in sets])
+    gallery = [features.through(mapper.map_real) for features in sets]
     vectors = np.concatenate([backbone.encode([decode_image(path)]) for path in thumbnails])
     found = attribute(mapper.map_synth(vectors), gallery, k=top, inv_tau=calibrator.inv_tau, b=calibrator.b)
     answers = [
@@ -135,7 +136,8 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
         for query, path in enumerate(thumbnails)
     ]
     shown = sorted({match.image_id for answer in answers for match in answer.matches})
-    rows: dict[str, dict[str, Any]] = {}
+    # Ready features have no pictures here, but what their own table says of them.
+    rows = describe(sets[0], shown)
     for table in (paths["distractor images"], paths["exemplar images"]):
         rows |= find_rows(table, shown, ("image", "caption"))
     for answer in answers:
@@ -188,7 +190,7 @@ def _as_html(answer: Answer, thumbnail: str, rows: dict[str, dict[str, Any]]) ->
     ]
     for match in answer.matches:
         row = rows.get(match.image_id)
-        image = _embedded(decode_image(row["image"], name=match.image_id)) if row else ""
+        image = _embedded(decode_image(row["image"], name=match.image_id)) if row and "image" in row else ""
         caption = _escaped((row or {}).get("caption") or "")
         figures.append(
             f'<figure><img src="{image}" alt="{caption}">'

@@ -55,7 +55,7 @@ def run(
     queries = sample_queries(read_queries(queries_path, exemplars, split="val"), params)
     vectors = mapper.map_synth(query_set.select(queries.image_ids))
     real = mapper.map_real(exemplar_set.select(exemplars.image_ids))
-    distractors = mapper.map_real(distractor_set.vectors())
+    distractors = distractor_set.through(mapper.map_real)
 
     scores = np.concatenate([vectors @ real.T, vectors @ distractors.T], axis=1)
     own = np.zeros(scores.shape, dtype=bool)

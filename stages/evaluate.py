@@ -86,7 +86,7 @@ def run(
     raw = Vectors(
         query_set.select(queries.image_ids),
         exemplar_set.select(exemplars.image_ids),
-        distractor_set.vectors()[shuffled],
+        distractor_set.take(shuffled),
     )
     gallery_ids = np.concatenate([exemplars.image_ids, distractor_set.image_ids[shuffled]])
     mappers = load_mappers(mapper_dir, backbone, exemplar_set.space.dim)
@@ -142,6 +142,7 @@ def run(
             after,
             picture_paths,
             rows=params.page_queries,
+            blanks=distractor_set.is_ready_made,
         )
     write_json(metrics_path, metrics)
 

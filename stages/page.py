@@ -26,14 +26,19 @@ def write_page(
     picture_paths: Sequence[Path],
     *,
     rows: int,
+    blanks: bool = False,
 ) -> None:
-    """The PNG shows `rows` queries of models spread over both kinds, with their five best matches."""
+    """The PNG shows `rows` queries of models spread over both kinds, with their five best matches.
+
+    `blanks`: distractors without a picture, whose features came ready made, are shown as grey squares.
+    """
     chosen = choose_queries(queries, rows)
     best = min(BEST, attribution.ids.shape[1], len(gallery_ids))
     matches = attribution.ids[chosen, :best]
     own_ids = exemplars.image_ids[queries.own[chosen, 0]]
     wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *gallery_ids[matches].ravel().tolist()}
-    pictures = read_pictures(picture_paths, wanted)
+    distractor_ids = gallery_ids[matches[matches >= len(exemplars.image_ids)]].tolist()
+    pictures = read_pictures(picture_paths, wanted, may_lack=distractor_ids if blanks else ())
     draw_page(
         path,
         [
@@ -68,15 +73,21 @@ def choose_queries(queries: Queries, count: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def read_pictures(paths: Sequence[Path], image_ids: Collection[str]) -> dict[str, Image.Image]:
-    """These images out of image tables (files or folders). Raises ValueError naming one that is not there."""
+def read_pictures(
+    paths: Sequence[Path], image_ids: Collection[str], *, may_lack: Collection[str] = ()
+) -> dict[str, Image.Image]:
+    """These images out of image tables (files or folders), grey those that may lack.
+
+    Raises ValueError naming another one that is not there.
+    """
     files = [file for path in paths for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
     table = pads.dataset([str(file) for file in files], format="parquet").to_table(
         columns=["image_id", "image"], filter=pads.field("image_id").isin(sorted(image_ids))
     )
     encoded = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
-    missing = sorted(set(image_ids) - set(encoded))
-    if missing:
+    lacking = set(image_ids) - set(encoded)
+    if missing := sorted(lacking - set(may_lack)):
         where = ", ".join(map(str, paths))
         raise ValueError(f"{where}: no picture {missing[0]} ({len(missing)} of {len(image_ids)} missing)")
-    return {image_id: decode_image(data, name=image_id) for image_id, data in encoded.items()}
+    pictures = {image_id: decode_image(data, name=image_id) for image_id, data in encoded.items()}
+    return pictures | dict.fromkeys(lacking, Image.new("RGB", (64, 64), "lightgrey"))

@@ -35,6 +35,8 @@ from attribution.queries import Exemplars, Queries, open_features, read_exemplar
 
 HISTORY_COLUMNS = ("epoch", "train_loss", "validation_loss", "validation_map", "validation_recall_at_10")
 PAIRS = {"object": ("object",), "style": ("style",), "joint": ("object", "style")}
+# Of more distractors, a covariance learns nothing from the rest, which need not be in memory.
+WHITENED_ROWS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def run(
     real = exemplar_set.select(exemplars.image_ids)
     train, val = (read_queries(queries_path, exemplars, split=split) for split in ("train", "val"))
     synth = query_set.select(train.image_ids)
-    distractors = _sample_rows(distractor_set, params)
+    distractors = _sample_rows(distractor_set, params.validation_distractors, params.seed)
     # In units of the mean length, so that one learning rate suits every backbone, weights and biases.
     scale = float(np.linalg.norm(np.concatenate([synth, distractors]), axis=1).mean()) or 1.0
     others = torch.from_numpy(distractors / np.float32(scale))
@@ -131,7 +133,8 @@ def run(
         main, _ = learned[params.pairs, permuted]
         main.save(output_dir / name, own_kind={kind: learned[kind, permuted][0] for kind in kinds})
     _, history = learned[params.pairs, False]
-    white = whitening(distractor_set.vectors(), synth, shrinkage=params.whitening_shrinkage)
+    whitened = _sample_rows(distractor_set, WHITENED_ROWS, params.seed)
+    white = whitening(whitened, synth, shrinkage=params.whitening_shrinkage)
     white = dataclasses.replace(white, config={"backbone": backbone, "control": "whitening"})
     white.save(output_dir / "whitening.safetensors")
     with atomic_path(output_dir / "history.csv") as partial, partial.open("w", newline="") as file:
@@ -331,12 +334,11 @@ def _pairs(queries: Queries, own: np.ndarray, query_set: FeatureSet, real: np.nd
     )
 
 
-def _sample_rows(distractors: FeatureSet, params: Params) -> np.ndarray:
-    """Some distractors, evenly, as float32."""
-    rng = np.random.default_rng([params.seed, 2])
-    count = min(params.validation_distractors, len(distractors))
-    rows = np.sort(rng.choice(len(distractors), size=count, replace=False))
-    return distractors.select(distractors.image_ids[rows])
+def _sample_rows(distractors: FeatureSet, count: int, seed: int) -> np.ndarray:
+    """So many distractors drawn evenly, or all, in their order and as float32."""
+    rng = np.random.default_rng([seed, 2])
+    count = min(count, len(distractors))
+    return distractors.take(np.sort(rng.choice(len(distractors), size=count, replace=False)))
 
 
 def main() -> None:
