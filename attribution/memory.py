@@ -42,7 +42,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a GPU or of this machine."""
     # By name, so that those without torch need none; a CPU's allocator raises a plain RuntimeError.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "could not create a primitive")  # the last: oneDNN
+    return named or any(words in str(error) for words in said)
 
 
 def _try(run: Callable[[Any], Result], batch: Sequence[Any] | np.ndarray) -> tuple[bool, list[Result]]:

@@ -14,6 +14,7 @@ ERRORS = {
     "here": MemoryError(),
     "GPU": torch.OutOfMemoryError("CUDA out of memory"),
     "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    "convolution": RuntimeError("could not create a primitive"),
 }
 
 
