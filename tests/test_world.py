@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -107,6 +108,28 @@ def test_stages_depend_on_the_code_up_here_and_the_data_down_there(copy: Path) -
         assert {dep for dep in deps if dep.endswith((".py", *EXTENSION_SOURCES))} == wanted
         assert not [dep for dep in deps if "mini" in dep or ("backbones" in dep and not dep.endswith(".py"))]
         assert definition["cmd"].startswith(f"PYTHONPATH=../.. python -m stages.{name}")
+
+
+def test_a_backbone_with_ready_distractors_depends_on_their_folder(copy: Path) -> None:
+    own = copy / "worlds" / "own"
+    own.mkdir(exist_ok=True)
+    params = read_yaml(copy / "worlds" / "full" / "params.yaml")
+    params["featurize"]["settings"]["clip"][world.READY] = {"folder": "data/own/laion", "model": "ViT-B/32"}
+    params["import_data"]["distractors"] = None
+    (own / "params.yaml").write_text(yaml.safe_dump(params))
+    world.run("own", graph=copy / "dvc.yaml", worlds=copy / "worlds")
+    stages = read_yaml(own / "dvc.yaml")["stages"]
+    assert not [dep for dep in stages["import_data"]["deps"] if "distractors" in dep]
+    for name in ("data/own/exemplars", "data/own/laion"):
+        (own / name).mkdir(parents=True)
+    (own / "data/own/laion/img_emb_0.npy").write_bytes(b"some")
+    named = [f"worlds/own/dvc.yaml:featurize@{name}" for name in ("clip", "dino")]
+    status = json.loads(run(copy, "dvc", "status", "--json", *named))
+    of_clip, of_dino = (status[name][0]["changed deps"] for name in named)
+    ready, pictures = "worlds/own/data/own/laion", "worlds/own/data/world/distractors"
+    assert (ready in of_clip, pictures in of_clip) == (True, False)
+    assert (ready in of_dino, pictures in of_dino) == (False, True)
+    shutil.rmtree(own)
 
 
 def test_dvc_would_run_every_stage_for_every_backbone(copy: Path) -> None:
