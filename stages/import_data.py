@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from attribution import images, intake, sources
 from attribution.exemplar_table import SPLITS, Entry, Shares, assign_splits, read_entries
-from attribution.files import atomic_path, content_key, read_json, write_json
+from attribution.files import atomic_path, content_key, read_json, require_space, write_json
 from attribution.images import write_image_table
 from attribution.intake import FAULTS, Rules, Skipped, Taken, check_share, take_all, write_skipped
 from attribution.params import load_params
@@ -38,6 +38,9 @@ from stages.incremental import code_key, prune
 # A part is also a row group at most, which its readers hold in memory.
 PART_BYTES = 256 * 2**20
 RECORD = "unit.json"
+NO_DISTRACTORS = pa.schema(
+    [*((name, pa.string()) for name in ("image_id", "caption", "source")), ("image", pa.binary())]
+).empty_table()
 TEXTS = ("image_id", "concept_id", "kind", "noun", "group", "split", "caption", "source")
 
 
@@ -45,11 +48,12 @@ TEXTS = ("image_id", "concept_id", "kind", "noun", "group", "split", "caption", 
 class Params:
     """`exemplars` and `distractors` are paths from the repository's root. `workers` changes the speed alone.
 
+    `distractors` null: there are no pictures of them, every backbone has `ready_distractors`.
     `max_skipped_share`: of each table's pictures, how many may be unreadable before the stage fails.
     """
 
     exemplars: str
-    distractors: str
+    distractors: str | None
     seed: int
     splits: Shares
     longest_side: int | None
@@ -91,8 +95,12 @@ def run(params: Params, *, root: Path, exemplars: Path, distractors: Path, skipp
         ids = table["image_id"].to_pylist()
         with atomic_path(distractors) as folder:
             folder.mkdir()
-            source = root / params.distractors
-            count = import_distractors(params, source, folder, work, ids, passed_over)
+            if params.distractors is None:
+                write_image_table(folder / "part-00000.parquet", NO_DISTRACTORS)
+                count = 0
+            else:
+                source = root / params.distractors
+                count = import_distractors(params, source, folder, work, ids, passed_over)
         write_image_table(exemplars, table)
     finally:
         write_skipped(skipped, passed_over)
@@ -174,12 +182,15 @@ def import_distractors(
         params.rows_per_part,
         code_key(images.__file__, intake.__file__, sources.__file__, __file__),
     )
+    kept = [content_key(unit.key(), shared) for unit in units]
+    if params.longest_side is None:  # otherwise pictures shrink, and nobody knows to what
+        todo = [unit for unit, key in zip(units, kept, strict=True) if not (work / key / RECORD).is_file()]
+        require_space(work, sum(unit.size() for unit in todo), f"the pictures of {source}")
     of_exemplars, taken = {int(one, 16) for one in exemplar_ids}, set[int]()
-    keep, found, parts = [], len(skipped), 0
+    found, parts = len(skipped), 0
     with tqdm(desc="distractors", unit="image", disable=None) as progress:
-        for unit in units:
-            keep.append(content_key(unit.key(), shared))
-            finished = finish_unit(unit, work / keep[-1], params)
+        for unit, key in zip(units, kept, strict=True):
+            finished = finish_unit(unit, work / key, params)
             for part in finished.parts:
                 target = folder / f"part-{parts:05d}.parquet"
                 skipped += place_part(part, target, taken, of_exemplars)
@@ -187,7 +198,7 @@ def import_distractors(
             skipped += finished.skipped
             found += finished.found
             progress.update(finished.found)
-    prune(work, keep)
+    prune(work, kept)
     passed_over += [("distractors", one) for one in skipped]
     faults = [one for one in skipped if one.reason in FAULTS]
     check_share(str(source), faults, found, params.max_skipped_share)
@@ -199,6 +210,7 @@ def import_distractors(
 def finish_unit(unit: Unit, folder: Path, params: Params) -> FinishedUnit:
     """The unit's parts in `folder`, made now unless an earlier run finished them."""
     if not (folder / RECORD).is_file():
+        require_space(folder, unit.size(), f"the pictures of {unit.names[0]}")
         with atomic_path(folder) as partial:
             partial.mkdir()
             skipped: list[Skipped] = []

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 from attribution import intake
 from attribution.concepts import read_concepts
 from attribution.exemplar_table import Shares
+from attribution.files import DiskFullError
 from attribution.images import decode_image, read_image_table, table_parts
 from attribution.params import load_params
 from stages import import_data
@@ -536,6 +538,31 @@ def test_a_killed_run_goes_on_where_it_was(own: Path, monkeypatch: pytest.Monkey
     bring_in(own, distractors="own/tars")
     assert len(list((own / "world" / ".imported").iterdir())) == 3
     assert everything(own) == resumed
+
+
+def test_without_distractors_the_table_is_empty(own: Path) -> None:
+    """Every backbone then brings its own, ready made."""
+    assert ", 0 distractors; skipped 0 (none)" in bring_in(own, distractors=None)
+    table = read_image_table(own / "world" / "distractors")
+    assert len(table) == 0
+    bring_in(own)
+    assert table.schema == read_image_table(own / "world" / "distractors").schema
+
+
+def test_room_is_asked_for_where_it_is_known(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(file.stat().st_size for file in (own / "own" / "distractors").iterdir())
+    usage = type(shutil.disk_usage(own))(size, 1, size - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(
+        DiskFullError, match=r"\.imported: \S+ kB wanted for the pictures of .*own/distractors"
+    ):
+        bring_in(own)
+    # What shrinks takes nobody knows how much less: each file is asked for in its turn.
+    bring_in(own, longest_side=100)
+    usage = type(usage)(size, size, 0)
+    (own / "own" / "distractors" / "one more.png").write_bytes(picture(7))
+    with pytest.raises(DiskFullError, match=r"364 bytes wanted for the pictures of 000\.png, 0 bytes"):
+        bring_in(own, longest_side=100, rows_per_part=1)
 
 
 def test_few_pictures_wait_in_memory() -> None:
