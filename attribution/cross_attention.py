@@ -33,7 +33,8 @@ def base_projections(unet: nn.Module) -> dict[str, Float[Tensor, "out dim"]]:
 
 
 def project(
-    weights: Mapping[str, Float[Tensor, "#models out dim"]], text: Float[Tensor, "models prompts words dim"]
+    weights: Mapping[str, Float[Tensor, "#models out dim"]],
+    text: Float[Tensor, "models prompts words dim"],
 ) -> KeysValues:
     """Each model's keys and values of its own prompts, by layer: [models, prompts, words, out] each."""
     models, prompts, words, _ = text.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from attribution.files import read_json
 from attribution.training_settings import TrainingSettings
 
 RECORD = "customized.json"
-MethodName = Literal["custom_diffusion", "textual_inversion", "lora", "dreambooth"]
 
 
 class Method(Protocol):

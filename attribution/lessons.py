@@ -73,8 +73,6 @@ def train(
     vectors = word_vectors(pipe, [lesson.initializer for lesson in lessons]).float().requires_grad_()
     groups: list[dict[str, Any]] = [{"params": [vectors], "lr": settings.token_learning_rate}]
     if weights:
-        if settings.learning_rate is None:
-            raise ValueError(f"{method}: wanted a learning_rate for its weights, got null")
         groups.insert(0, {"params": list(weights.values()), "lr": settings.learning_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     ids = torch.stack(

@@ -1,8 +1,11 @@
-"""How long and how fast a method of customization trains."""
+"""How long and how fast each method of customization trains."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["custom_diffusion", "textual_inversion", "lora", "dreambooth"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,24 @@ class LoraSettings(TrainingSettings):
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank: wanted at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Those of every method, of which one is used."""
+
+    custom_diffusion: TrainingSettings
+    textual_inversion: TrainingSettings
+    lora: LoraSettings
+    dreambooth: TrainingSettings
+
+    def __post_init__(self) -> None:
+        if self.textual_inversion.learning_rate is not None:
+            raise ValueError("textual_inversion.learning_rate: wanted null: it trains the token alone")
+        for name in ("custom_diffusion", "lora", "dreambooth"):
+            if self.of(name).learning_rate is None:
+                raise ValueError(f"{name}.learning_rate: wanted that of its weights, got null")
+
+    def of(self, method: str) -> TrainingSettings:
+        """Those of this method."""
+        return getattr(self, method)

@@ -1,4 +1,4 @@
-"""Customizes the base model toward every fresh concept (Custom Diffusion, several concepts in one batch).
+"""Customizes the base model toward every fresh concept (several in one batch), by the method of choice.
 
 In: data/world/exemplars.parquet, the base model. Out: data/customized/<concept_id>/, a delta in the files
 that diffusers loads, with customized.json; and _prior/, the base's own images of each noun. Incremental: a
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from attribution.lessons import Lesson, train
 from attribution.params import load_params
 from attribution.sampling import Drawing, Sampler, base_stack
 from attribution.seeds import seed_from
-from attribution.training_settings import TrainingSettings
+from attribution.training_settings import MethodName, MethodSettings, TrainingSettings
 from stages.incremental import (
     StageError,
     Summary,
@@ -67,7 +67,6 @@ from stages.incremental import (
 from stages.workers import base_pipeline, batched, draw_fitting, fitting, is_worker, worker_map
 
 PRIOR = "_prior"
-METHOD = "custom_diffusion"
 # What a customized model depends on besides its data.
 CODE = (
     __file__,
@@ -106,11 +105,12 @@ class Words:
 
 @dataclass(frozen=True)
 class Params:
-    """`views` of a concept are encoded once.
+    """`views` of a concept are encoded once; `training` has settings for every method.
 
     `workers` and `concepts_per_batch` change results by rounding only.
     """
 
+    method: MethodName
     seed: int
     workers: int
     concepts_per_batch: int
@@ -119,9 +119,18 @@ class Params:
     saved_dtype: Literal["float32", "float16"]
     object: Words
     style: Words
-    training: TrainingSettings
+    training: MethodSettings
     augmentation: AugmentationSettings
     prior_sampler: Sampler
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Those of the method."""
+        return self.training.of(self.method)
+
+    def used(self) -> dict[str, Any]:
+        """All but what other methods would use."""
+        return asdict(self) | {"training": asdict(self.settings)}
 
     def words(self, concept: Concept) -> Words:
         """The prompts for a concept of this kind."""
@@ -187,7 +196,7 @@ def customize_all(customizer: Customizer, groups: Sequence[Sequence[Concept]], s
 
 def concept_keys(params: Params, base_key: str, wanted: Sequence[Concept]) -> dict[str, str]:
     """What each concept's customized model depends on, by concept id."""
-    shared = content_key(replace(params, workers=0, concepts_per_batch=0), base_key)
+    shared = content_key(replace(params, workers=0, concepts_per_batch=0).used(), base_key)
     return {
         concept.concept_id: content_key(shared, concept.key(), exemplar_prompts(params, concept))
         for concept in wanted
@@ -257,13 +266,13 @@ class Customizer:
             return summary
         silent = True if is_worker() else None
         with tqdm(
-            total=self.params.training.steps, desc="batch", unit="step", leave=False, disable=silent
+            total=self.params.settings.steps, desc="batch", unit="step", leave=False, disable=silent
         ) as steps:
             stack, losses = train(
                 pipe,
                 lessons,
-                self.params.training,
-                method=METHOD,
+                self.params.settings,
+                method=self.params.method,
                 seed=self.params.seed,
                 on_step=steps.update,
             )
@@ -277,7 +286,7 @@ class Customizer:
                 write_model(folder, stack[i], pipe.unet, dtype=getattr(torch, self.params.saved_dtype))
                 record = {
                     "key": self.keys[concept.concept_id],
-                    "method": METHOD,
+                    "method": self.params.method,
                     "concept_id": concept.concept_id,
                     "kind": concept.kind,
                     "noun": concept.noun,
@@ -285,7 +294,7 @@ class Customizer:
                     "prompts": sorted(set(lessons[i].prompts)),
                     "prior_prompt": lessons[i].prior_prompt,
                     "loss": [round(float(loss), 5) for loss in losses[:, i]],
-                    "params": asdict(self.params),
+                    "params": self.params.used(),
                 }
                 write_json(folder / RECORD, record)
                 summary.done.append(concept.concept_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from safetensors.torch import load_file
 from attribution.augmentation import AugmentationSettings
 from attribution.base_model import BaseSettings
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
+from attribution.customization import METHODS, read_model
 from attribution.customized_model import TOKEN_FILE
 from attribution.files import read_json
 from attribution.images import write_image_table
 from attribution.sampling import Sampler
-from attribution.training_settings import TrainingSettings
 from stages import customize
 from stages.customize import RECORD, Params, Words, run
 from tests.tiny import save_tiny_pipeline
+from tests.tiny_models import method_settings, training_settings
 
+TRAINING = method_settings(steps=2, views_per_step=1, priors_per_step=1)
 PARAMS = Params(
+    method="custom_diffusion",
     seed=0,
     workers=1,
     concepts_per_batch=2,
@@ -36,7 +39,7 @@ PARAMS = Params(
     saved_dtype="float32",
     object=Words("{token} {noun}", "a {noun}", "red"),
     style=Words("a picture in the style of {token} art", "a picture", "art"),
-    training=TrainingSettings(2, 1e-3, 1e-2, 1e-2, 1, 1, 1.0),
+    training=TRAINING,
     augmentation=AugmentationSettings(0.5, 0.4, 0.3, 1.2, 1.4, 0.5, 0.6, ("far away",), ("close up",)),
     prior_sampler=Sampler("ddim", 2, 2.0, 0.0),
 )
@@ -102,13 +105,28 @@ def test_each_concept_becomes_a_delta_and_a_second_run_does_nothing(stage: Calla
         assert {path.name for path in folder.iterdir()} == {WEIGHTS_FILE, TOKEN_FILE, RECORD}
         record = read_json(folder / RECORD)
         assert record["concept_id"] == concept_id
-        assert len(record["loss"]) == PARAMS.training.steps
+        assert len(record["loss"]) == PARAMS.settings.steps
         assert all("<new1>" in prompt for prompt in record["prompts"])
     assert read_json(tmp_path / "customized" / "s1" / RECORD)["prior_prompt"] == "a picture"
     priors = [name for name in made if name.startswith("_prior")]
     assert len(priors) == 2  # one for the noun, one for styles
     assert str(stage(CONCEPTS)) == "customize: 0 done, 3 reused, 0 pruned, 0 failed"
     assert contents(tmp_path / "customized") == made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_its_files_and_nothing_of_another(
+    stage: Callable, tmp_path: Path, method: str
+) -> None:
+    stage({"o1": CONCEPTS["o1"]}, method="dreambooth" if method != "dreambooth" else "lora")
+    stage({"o1": CONCEPTS["o1"]}, method=method)
+    folder = tmp_path / "customized" / "o1"
+    weights = METHODS[method].WEIGHTS
+    wanted = {TOKEN_FILE, RECORD} | ({weights} if weights else set())
+    assert {path.name for path in folder.iterdir()} == wanted
+    record = read_json(folder / RECORD)
+    assert (record["method"], read_model(folder).method) == (method, method)
+    assert record["params"]["training"] == asdict(TRAINING.of(method))
 
 
 def test_one_more_costs_one_and_one_less_is_pruned(stage: Callable, tmp_path: Path) -> None:
@@ -125,10 +143,12 @@ def test_one_more_costs_one_and_one_less_is_pruned(stage: Callable, tmp_path: Pa
     [
         ({"concepts_per_batch": 3}, 0),
         ({"seed": 1}, 3),
-        ({"training": replace(PARAMS.training, steps=3)}, 3),
+        ({"training": replace(TRAINING, custom_diffusion=training_settings("custom_diffusion"))}, 3),
+        ({"training": replace(TRAINING, lora=training_settings("lora"))}, 0),
+        ({"method": "textual_inversion"}, 3),
         ({"augmentation": replace(PARAMS.augmentation, flip_share=0.0)}, 3),
     ],
-    ids=["batch", "seed", "steps", "augmentation"],
+    ids=["batch", "seed", "steps", "steps of another method", "method", "augmentation"],
 )
 def test_what_changes_the_result_is_done_again(
     stage: Callable, changes: dict[str, object], done: int
@@ -203,9 +223,12 @@ def test_a_bad_exemplar_fails_alone_and_is_named(stage: Callable, tmp_path: Path
     assert not (tmp_path / "customized" / "o2").exists()
 
 
+DIVERGES = training_settings("custom_diffusion", learning_rate=1e38)
+
+
 def test_a_loss_that_is_not_finite_is_named(stage: Callable) -> None:
     with pytest.raises(RuntimeError, match="o1: the loss is not finite; lower the learning rates"):
-        stage({"o1": CONCEPTS["o1"]}, training=replace(PARAMS.training, learning_rate=1e38))
+        stage({"o1": CONCEPTS["o1"]}, training=replace(TRAINING, custom_diffusion=DIVERGES))
 
 
 def test_exemplars_that_are_not_fresh_are_left_to_the_shipped_data(

@@ -141,14 +141,6 @@ def test_the_concept_is_learned(pipe: StableDiffusionPipeline, method: str) -> N
     assert losses[-20:].mean() < wanted * before[-20:].mean()
 
 
-def test_weights_want_a_learning_rate(pipe: StableDiffusionPipeline) -> None:
-    settings = training_settings(METHOD, learning_rate=None)
-    with pytest.raises(
-        ValueError, match="custom_diffusion: wanted a learning_rate for its weights, got null"
-    ):
-        train(pipe, [lesson("one")], settings, method=METHOD, seed=0)
-
-
 def test_cells_that_are_not_valid_do_not_count() -> None:
     output, target = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
     valid = torch.ones(2, 4, 4, dtype=torch.bool)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from PIL import Image
 from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
+from attribution.customization import METHODS
 from attribution.customized_model import TOKEN_FILE
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
@@ -139,6 +141,20 @@ def test_a_row_can_be_drawn_again_with_diffusers_alone(tmp_path: Path, world: Si
     assert ours.std() > 5
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_drawn_by_whatever_method_customized(
+    tmp_path: Path, world: SimpleNamespace, method: str
+) -> None:
+    params = replace(test_customize.PARAMS, method=method)
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", {"o1": ALL["o1"]})
+    customized, images = tmp_path / "customized", tmp_path / "images"
+    for _ in range(2):
+        customize.run(params, world.base, exemplars=exemplars, customized=customized)
+        summary: Any = synthesize_in(images, world, exemplars=exemplars, customized=customized)
+        params = replace(params, method="lora" if method != "lora" else "dreambooth")
+        assert summary.done == ["o1"]
+
+
 def test_adding_a_concept_changes_no_other_image(tmp_path: Path, world: SimpleNamespace) -> None:
     few = write_exemplars(tmp_path / "few.parquet", {name: ALL[name] for name in ("o1", "s1")})
     synthesize_in(tmp_path / "images", world, exemplars=few)
@@ -163,7 +179,9 @@ def test_what_changes_an_image_draws_it_again(
 
 
 def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
-    with pytest.raises(StageError, match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro customize\n"):
+    with pytest.raises(
+        StageError, match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro customize\n"
+    ):
         synthesize_in(tmp_path / "images", world, customized=tmp_path)
 
 

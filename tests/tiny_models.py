@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from attribution.conditioning import word_vectors
 from attribution.customization import METHODS
 from attribution.customized_model import ModelStack
-from attribution.training_settings import LoraSettings, TrainingSettings
+from attribution.training_settings import LoraSettings, MethodSettings, TrainingSettings
 
 
 def training_settings(method: str, **changes: object) -> TrainingSettings:
@@ -24,6 +24,11 @@ def training_settings(method: str, **changes: object) -> TrainingSettings:
         **changes,
     }
     return LoraSettings(**values, rank=2) if method == "lora" else TrainingSettings(**values)
+
+
+def method_settings(**changes: object) -> MethodSettings:
+    """Those of every method, as quick."""
+    return MethodSettings(**{method: training_settings(method, **changes) for method in METHODS})
 
 
 def noisy_stack(pipe: StableDiffusionPipeline, models: int, method: str = "custom_diffusion") -> ModelStack:
