@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,9 +48,6 @@ class Skipped:
     source: str
     reason: Reason
     detail: str
-
-    def __post_init__(self) -> None:
-        assert self.reason in get_args(Reason)
 
 
 @dataclasses.dataclass(frozen=True)

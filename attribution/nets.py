@@ -75,18 +75,15 @@ def build_open_clip(name: str, settings: BackboneSettings, root: Path) -> Net:
     """The image tower of a model of open_clip; the text tower is built, for its weights, and left."""
     import open_clip
 
-    model, said = str(settings.model), {}
-    folder = _own_folder(name, settings, root, ("open_clip_config.json", "open_clip_model.safetensors"))
-    if folder is not None:
-        model = f"{LOCAL}{folder}"
-        file = None if settings.weights is None else _weights_in(folder, "open_clip_model.safetensors")
-    else:
-        file = weights_file(name, settings, root)
-        if settings.weights is not None and file is None:
-            said = _open_clip_tag(name, model, settings.weights)
-            repository, _, filename = said["hf_hub"].rpartition("/")
-            filename = filename or "open_clip_model.safetensors"
-            file = hub_file(name, repository, filename, settings.revision)
+    said: dict[str, Any] = {}
+
+    def of_tag(model: str, tag: str) -> tuple[str, str]:
+        said.update(_open_clip_tag(name, model, tag))
+        repository, _, filename = said["hf_hub"].rpartition("/")
+        return repository, filename
+
+    files = ("open_clip_config.json", "open_clip_model.safetensors")
+    model, file = _model_and_weights(name, settings, root, files, of_tag)
     with _no_chatter():
         net = open_clip.create_model(
             model,
@@ -137,27 +134,21 @@ def build_timm(name: str, settings: BackboneSettings, root: Path) -> Net:
     import timm
     from timm.data import resolve_model_data_config
 
-    model, options = str(settings.model), {}
-    folder = _own_folder(name, settings, root, ("config.json", "model.safetensors"))
-    if folder is not None:
-        model = f"{LOCAL}{folder}"
-        file = None if settings.weights is None else _weights_in(folder, "model.safetensors")
-    else:
+    def of_tag(model: str, tag: str) -> tuple[str, str]:
+        if tag != "pretrained":
+            wanted = "wanted a file, pretrained or null (tags go into the model's name)"
+            raise ValueError(f"{name}: weights {tag}: {wanted}")
         known = timm.get_pretrained_cfg(model)
-        file = weights_file(name, settings, root)
-        if settings.weights is not None and file is None:
-            if settings.weights != "pretrained":
-                raise ValueError(
-                    f"{name}: weights {settings.weights}: wanted a file, pretrained or null "
-                    "(tags go into the model's name)"
-                )
-            if known is None or not known.hf_hub_id:
-                raise ValueError(f"{name}: no pretrained weights of {model} on the hub; wanted a file")
-            filename = known.hf_hub_filename or "model.safetensors"
-            file = hub_file(name, known.hf_hub_id, filename, settings.revision)
-        if settings.preprocessing and known and known.input_size[1] != settings.image_size:
-            # Nets that take one size only are told which; their position embeddings are resampled.
-            options = {"img_size": settings.image_size} if known.fixed_input_size else {}
+        if known is None or not known.hf_hub_id:
+            raise ValueError(f"{name}: no pretrained weights of {model} on the hub; wanted a file")
+        return known.hf_hub_id, known.hf_hub_filename or ""
+
+    model, file = _model_and_weights(name, settings, root, ("config.json", "model.safetensors"), of_tag)
+    options = {}
+    known = None if ":" in model else timm.get_pretrained_cfg(model)
+    if settings.preprocessing and known and known.input_size[1] != settings.image_size:
+        # Nets that take one size only are told which; their position embeddings are resampled.
+        options = {"img_size": settings.image_size} if known.fixed_input_size else {}
     overlay = None
     if file is not None:
         check_sha256(name, file, settings.sha256)
@@ -174,6 +165,29 @@ def build_timm(name: str, settings: BackboneSettings, root: Path) -> Net:
         mode = {"center": "shortest"}.get(config["crop_mode"], config["crop_mode"])
         own = library_preprocessing(name, mode, int(size / config["crop_pct"]), size, config)
     return Net(net, net, own, weights_digest(net))
+
+
+def _model_and_weights(
+    name: str,
+    settings: BackboneSettings,
+    root: Path,
+    files: tuple[str, str],
+    of_tag: Callable[[str, str], tuple[str, str]],
+) -> tuple[str, Path | None]:
+    """What to call the model before its library, and the file of its weights; None: it has random ones.
+
+    `files` are the usual names of config and weights in a folder or on the hub, `of_tag` gives repository and
+    file (or "") of a pretrained tag of a model.
+    """
+    folder = _own_folder(name, settings, root, files)
+    if folder is not None:
+        return f"{LOCAL}{folder}", None if settings.weights is None else _weights_in(folder, files[1])
+    model = str(settings.model)
+    file = weights_file(name, settings, root)
+    if settings.weights is not None and file is None:
+        repository, filename = of_tag(model, settings.weights)
+        file = hub_file(name, repository, filename or files[1], settings.revision)
+    return model, file
 
 
 def _own_folder(name: str, settings: BackboneSettings, root: Path, files: Sequence[str]) -> Path | None:
