@@ -6,7 +6,8 @@ Cost: none.
 
 A world is a folder with its own parameters, data, metrics and dvc.lock: choosing it touches nothing of the
 default run (whose customized models another world's would prune), and both may be up to date at once. The
-graph is dvc.yaml's from `customize` on, with `import_data` in place of the drawn world. Run it by
+graph is dvc.yaml's from `customize` on, with `import_data` in place of the drawn world; `featurize` depends
+on ready features where a backbone has them, and on the distractors' pictures where not. Run it by
 
     dvc repro --dry --force worlds/full/dvc.yaml    (what would run; --force: nothing is there to compare)
     dvc repro worlds/full/dvc.yaml
@@ -31,7 +32,9 @@ STAGES = ("customize", "synthesize", "featurize", "train_mapper", "calibrate", "
 # Inputs of the mini world alone.
 MINI = ("data/backbones", "data/base/mini")
 CODE = (".py", "csrc", "CMakeLists.txt")
-IMPORTED = ("data/world/exemplars.parquet", "data/world/distractors", "data/world/skipped.parquet")
+DISTRACTORS = "data/world/distractors"
+IMPORTED = ("data/world/exemplars.parquet", DISTRACTORS, "data/world/skipped.parquet")
+READY = "ready_distractors"
 HEADER = (
     "# Made from the repository's dvc.yaml by `python -m stages.world {name}`: edit that, run it again.\n"
 )
@@ -49,8 +52,10 @@ def run(name: str, *, graph: Path, worlds: Path) -> str:
         known = ", ".join(sorted(path.parent.name for path in worlds.glob("*/params.yaml"))) or "none"
         do = f"copy those of another world; there are: {known}"
         raise FileNotFoundError(f"{folder / 'params.yaml'}: no such file; {do}")
-    stages = {"import_data": import_stage(graph.parent)}
+    params = read_yaml(folder / "params.yaml")
+    stages = {"import_data": import_stage(graph.parent, params)}
     stages |= {stage: elsewhere(read_yaml(graph)["stages"][stage]) for stage in STAGES}
+    stages["featurize"] = with_ready_distractors(stages["featurize"], params)
     with atomic_path(folder / "dvc.yaml") as partial:
         text = yaml.safe_dump({"stages": stages}, sort_keys=False, width=110)
         partial.write_text(HEADER.format(name=name) + text)
@@ -71,15 +76,28 @@ def elsewhere(definition: dict[str, Any]) -> dict[str, Any]:
     return {**definition, "cmd": f"PYTHONPATH=../.. {definition['cmd']}", "deps": deps}
 
 
-def import_stage(root: Path) -> dict[str, Any]:
+def with_ready_distractors(definition: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """`featurize` with each backbone's own distractors; as it was where no backbone has ready ones."""
+    rows = {name: params["featurize"]["settings"][name] for name in params["featurize"]["backbones"]}
+    ready = {name: row[READY]["folder"] for name, row in rows.items() if row.get(READY)}
+    if not ready:
+        return definition
+    each = {name: {"distractors": ready.get(name, DISTRACTORS)} for name in rows}
+    others = {name: value for name, value in definition.items() if name != "matrix"}
+    text = yaml.safe_dump(others).replace("${item.backbone}", "${key}")
+    return {"foreach": each, "do": yaml.safe_load(text.replace(DISTRACTORS, "${item.distractors}"))}
+
+
+def import_stage(root: Path, params: dict[str, Any]) -> dict[str, Any]:
     """What makes the exemplars and distractors, from where the parameters say they are."""
+    sources = [name for name in ("exemplars", "distractors") if params["import_data"][name] is not None]
     code = sorted(
         str(path.relative_to(root)) for path in imported_files(root / "stages/import_data.py", root)
     )
     return elsewhere(
         {
             "cmd": "python -m stages.import_data",
-            "deps": [*code, "${import_data.exemplars}", "${import_data.distractors}"],
+            "deps": [*code, *(f"${{import_data.{name}}}" for name in sources)],
             "params": ["import_data"],
             "outs": list(IMPORTED),
         }
