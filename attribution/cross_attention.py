@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,42 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# A layer's keys and values, one row of text each: [..., words, out].
-KeysValues = Mapping[str, tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts as the encoders read them, and what SDXL is `added` by name: pooled text, sizes of pictures."""
+
+    words: Float[Tensor, "*prompts words dim"]
+    added: Mapping[str, Float[Tensor, "*prompts _"]]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same change of the axes of prompts everywhere."""
+        return Text(change(self.words), {name: change(part) for name, part in self.added.items()})
+
+    @staticmethod
+    def cat(texts: Sequence[Text], dim: int = 0) -> Text:
+        """One after the other along an axis of prompts."""
+        added = {name: torch.cat([text.added[name] for text in texts], dim) for name in texts[0].added}
+        return Text(torch.cat([text.words for text in texts], dim), added)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet takes from the text: keys and values by layer, [..., words, out] each, and the rest."""
+
+    keys_values: Mapping[str, tuple[Tensor, Tensor]]
+    added: Mapping[str, Tensor]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same change of the axes before words everywhere."""
+        return Conditioning(
+            {layer: (change(key), change(value)) for layer, (key, value) in self.keys_values.items()},
+            {name: change(part) for name, part in self.added.items()},
+        )
+
+
 # What the UNet says of latents at timesteps, given the text and the number of each sample's model.
-Predict = Callable[[Tensor, Tensor, KeysValues, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
@@ -33,19 +66,23 @@ def base_projections(unet: nn.Module) -> dict[str, Float[Tensor, "out dim"]]:
 
 
 def project(
-    weights: Mapping[str, Float[Tensor, "#models out dim"]],
-    text: Float[Tensor, "models prompts words dim"],
-) -> KeysValues:
-    """Each model's keys and values of its own prompts, by layer: [models, prompts, words, out] each."""
-    models, prompts, words, _ = text.shape
-    flat = text.flatten(1, 2).to(next(iter(weights.values())).dtype)
+    weights: Mapping[str, Float[Tensor, "#models out dim"]], text: Text, *, start_learns: bool = True
+) -> Conditioning:
+    """Each model's keys and values of its own prompts, by layer: [models, prompts, words, out] each.
+
+    The start of the text, the same for every prompt, teaches nothing unless it `start_learns`.
+    """
+    models, prompts, words, _ = text.words.shape
+    flat = text.words.flatten(1, 2).to(next(iter(weights.values())).dtype)
 
     def apply(name: str) -> Tensor:
         own = weights[name].expand(models, -1, -1)
-        return torch.bmm(flat, own.transpose(1, 2)).view(models, prompts, words, -1)
+        part = torch.bmm(flat, own.transpose(1, 2)).view(models, prompts, words, -1)
+        return part if start_learns else torch.cat([part[:, :, :1].detach(), part[:, :, 1:]], dim=2)
 
     layers = [name.removesuffix(".to_k") for name in weights if name.endswith(".to_k")]
-    return {layer: (apply(f"{layer}.to_k"), apply(f"{layer}.to_v")) for layer in layers}
+    keys_values = {layer: (apply(f"{layer}.to_k"), apply(f"{layer}.to_v")) for layer in layers}
+    return Conditioning(keys_values, text.added)
 
 
 class _TextAttention:
@@ -66,7 +103,7 @@ class _TextAttention:
 
 @contextlib.contextmanager
 def text_attention(unet: nn.Module) -> Iterator[Callable[..., Tensor]]:
-    """Inside, `predict(latents, timesteps, keys_values)` runs the UNet; [samples, words, out] by layer.
+    """Inside, `predict(latents, timesteps, told)` runs the UNet; [samples, words, out] by layer.
 
     A fourth argument are weights to run it with in place of its own, by name.
     """
@@ -77,13 +114,15 @@ def text_attention(unet: nn.Module) -> Iterator[Callable[..., Tensor]]:
     def predict(
         latents: Tensor,
         timesteps: Tensor,
-        keys_values: KeysValues,
+        told: Conditioning,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        given.update(keys_values)
+        given.update(told.keys_values)
         # The UNet wants some text to be there; the layers that would read it do not.
         text = latents.new_zeros(len(latents), 1, 1)
-        options = {"encoder_hidden_states": text, "return_dict": False}
+        options: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
+        if told.added:
+            options["added_cond_kwargs"] = dict(told.added)
         if weights is None:
             return unet(latents, timesteps, **options)[0]
         return functional_call(unet, dict(weights), (latents, timesteps), options)[0]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from attribution import custom_diffusion, dreambooth, lora, textual_inversion
+from attribution.base_model import Pipeline
+from attribution.conditioning import row_widths
 from attribution.cross_attention import Predict
 from attribution.customized_model import TOKEN_FILE, CustomizedModel, read_token, write_token
 from attribution.files import read_json
@@ -55,15 +57,15 @@ METHODS: dict[str, Method] = {
 }
 
 
-def write_model(folder: Path, model: CustomizedModel, unet: Any, *, dtype: torch.dtype) -> None:
+def write_model(folder: Path, model: CustomizedModel, pipe: Pipeline, *, dtype: torch.dtype) -> None:
     """`folder` holds the files of the model that diffusers loads itself: its weights, and its token.
 
     `pipe.load_textual_inversion(folder, weight_name=TOKEN_FILE)` reads the token; each method says who reads
     its weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    METHODS[model.method].write(folder, model.weights, unet, dtype)
-    write_token(folder, model.token, model.vector, dtype)
+    METHODS[model.method].write(folder, model.weights, pipe.unet, dtype)
+    write_token(folder, model.token, model.vector.split(row_widths(pipe)), dtype)
 
 
 def read_model(folder: Path, method: str | None = None) -> CustomizedModel:

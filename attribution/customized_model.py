@@ -14,11 +14,15 @@ from torch import Tensor
 
 TOKEN_FILE = "new1.safetensors"
 TOKEN = "<new1>"
+XL_ROWS = ("clip_l", "clip_g")
 
 
 @dataclass(frozen=True)
 class CustomizedModel:
-    """The delta of one customized model; its method says what the `weights` are."""
+    """The delta of one customized model; its method says what the `weights` are.
+
+    `vector`: the token's rows in the tables of the text encoders, one after the other.
+    """
 
     method: str
     weights: Mapping[str, Tensor]
@@ -65,14 +69,24 @@ class ModelStack:
         return ModelStack(self.method, weights, self.vectors.to(device, dtype), self.token)
 
 
-def write_token(folder: Path, token: str, vector: Float[Tensor, " dim"], dtype: torch.dtype) -> None:
-    """The file that `pipe.load_textual_inversion(folder, weight_name=TOKEN_FILE)` reads."""
-    write_tensors(folder / TOKEN_FILE, {token: vector}, dtype)
+def write_token(folder: Path, token: str, rows: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """The file that `pipe.load_textual_inversion(folder, weight_name=TOKEN_FILE)` reads.
+
+    The two rows of SDXL have the names that other tools give them, and diffusers takes each by itself:
+
+        rows = safetensors.torch.load_file(folder / TOKEN_FILE)
+        pipe.load_textual_inversion(rows["clip_l"], TOKEN, pipe.tokenizer, pipe.text_encoder)
+        pipe.load_textual_inversion(rows["clip_g"], TOKEN, pipe.tokenizer_2, pipe.text_encoder_2)
+    """
+    names = (token,) if len(rows) == 1 else XL_ROWS
+    write_tensors(folder / TOKEN_FILE, dict(zip(names, rows, strict=True)), dtype)
 
 
 def read_token(folder: Path) -> tuple[str, Float[Tensor, " dim"]]:
     """The one token of the file and its row. Raises as `read_tensors`, and ValueError for other than one."""
     tokens = read_tensors(folder / TOKEN_FILE)
+    if tokens.keys() == set(XL_ROWS):
+        return TOKEN, torch.cat([tokens[name].float().reshape(-1) for name in XL_ROWS])
     if len(tokens) != 1:
         raise ValueError(f"{folder / TOKEN_FILE}: wanted one token, got {', '.join(tokens) or 'none'}")
     ((token, vector),) = tokens.items()

@@ -7,6 +7,7 @@ and while training their gradients and two moments each, in float32: 14 GB a mod
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attribution.cross_attention import KeysValues, Predict, base_projections, text_attention
+from attribution.cross_attention import Conditioning, Predict, base_projections, text_attention
 from attribution.customized_model import read_tensors, write_tensors
 from attribution.training_settings import TrainingSettings
 
@@ -44,7 +45,7 @@ def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]
     """Each model's own UNet for its own samples, one model at a time."""
     with text_attention(unet) as predict:
 
-        def run(latents: Tensor, timesteps: Tensor, keys_values: KeysValues, models: Tensor) -> Tensor:
+        def run(latents: Tensor, timesteps: Tensor, told: Conditioning, models: Tensor) -> Tensor:
             # Indexing a stack would make a gradient of the whole stack for each model.
             stacks = {name: weight.unbind() for name, weight in weights.items()}
             timesteps = timesteps.expand(len(latents))
@@ -52,7 +53,7 @@ def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]
             for model in models.unique().tolist():
                 mine = models == model
                 own = {name: stack[model].to(latents.dtype) for name, stack in stacks.items()}
-                read = {layer: (key[mine], value[mine]) for layer, (key, value) in keys_values.items()}
+                read = told.map(operator.itemgetter(mine))
                 output[mine] = predict(latents[mine], timesteps[mine], read, own)
             return output
 

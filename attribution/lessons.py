@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attribution.base_model import Pipeline
 from attribution.conditioning import encode_text, token_ids, word_vectors
-from attribution.cross_attention import project
+from attribution.cross_attention import Text, project
 from attribution.customization import METHODS
 from attribution.customized_model import ModelStack
 from attribution.seeds import seed_from
@@ -48,7 +48,7 @@ class _Batch:
 
 
 def train(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     lessons: Sequence[Lesson],
     settings: TrainingSettings,
     *,
@@ -80,27 +80,25 @@ def train(
     )
     with torch.no_grad():
         prior_ids = token_ids(pipe, [lesson.prior_prompt for lesson in lessons], range(models))
-        prior_text = encode_text(pipe, prior_ids, vectors)[:, None]
+        prior_text = encode_text(pipe, prior_ids, vectors).map(lambda part: part[:, None])
 
     def arrange(part: Tensor) -> Tensor:
-        """[lessons, views + 1, words, out] to [lessons * samples, words, out]."""
-        if not how.TEXT_START_LEARNS:
-            part = torch.cat([part[:, :, :1].detach(), part[:, :, 1:]], dim=2)
-        return torch.cat([part[:, :views], part[:, views:].expand(-1, priors, -1, -1)], dim=1).flatten(0, 1)
+        """[lessons, views + 1, ...] to [lessons * samples, ...]."""
+        repeated = part[:, views:].expand(-1, priors, *part.shape[2:])
+        return torch.cat([part[:, :views], repeated], dim=1).flatten(0, 1)
 
     numbers = torch.arange(models, device=pipe.device)[:, None]
     losses = []
     with how.network(pipe.unet, weights) as predict:
         for step in range(settings.steps):
             batch = _draw(pipe, lessons, settings, seed, step)
-            text = encode_text(pipe, ids[numbers, batch.views].flatten(0, 1), vectors).unflatten(
-                0, (models, views)
-            )
-            made = project(how.text_weights(pipe.unet, weights), torch.cat([text, prior_text], dim=1))
-            keys_values = {layer: (arrange(key), arrange(value)) for layer, (key, value) in made.items()}
+            text = encode_text(pipe, ids[numbers, batch.views].flatten(0, 1), vectors)
+            text = text.map(lambda part: part.unflatten(0, (models, views)))
+            own = how.text_weights(pipe.unet, weights)
+            told = project(own, Text.cat([text, prior_text], dim=1), start_learns=how.TEXT_START_LEARNS)
             noisy, target = _diffuse(pipe, batch)
             which = numbers.expand(-1, views + priors).flatten()
-            output = predict(noisy.flatten(0, 1), batch.timesteps.flatten(), keys_values, which)
+            output = predict(noisy.flatten(0, 1), batch.timesteps.flatten(), told.map(arrange), which)
             errors = masked_error(output.unflatten(0, noisy.shape[:2]), target, batch.valid)
             loss = errors[:, :views].mean(dim=1)
             if priors:
@@ -126,7 +124,7 @@ def masked_error(
 
 
 def _draw(
-    pipe: StableDiffusionPipeline, lessons: Sequence[Lesson], settings: TrainingSettings, seed: int, step: int
+    pipe: Pipeline, lessons: Sequence[Lesson], settings: TrainingSettings, seed: int, step: int
 ) -> _Batch:
     samples = settings.views_per_step + settings.priors_per_step
     rows = []
@@ -150,7 +148,7 @@ def _draw(
     return _Batch(views, latents.to(pipe.unet.dtype), valid, timesteps, noise.to(pipe.unet.dtype))
 
 
-def _diffuse(pipe: StableDiffusionPipeline, batch: _Batch) -> tuple[Tensor, Tensor]:
+def _diffuse(pipe: Pipeline, batch: _Batch) -> tuple[Tensor, Tensor]:
     """The noisy latents x_t = a x + s n, and what the network should say of them (n, or a n - s x)."""
     kept = pipe.scheduler.alphas_cumprod.to(batch.latents.device)[batch.timesteps][..., None, None, None]
     signal, spread = kept.sqrt().to(batch.latents.dtype), (1 - kept).sqrt().to(batch.latents.dtype)

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attribution.cross_attention import KeysValues, Predict, base_projections, text_attention
+from attribution.cross_attention import Conditioning, Predict, base_projections, text_attention
 from attribution.customized_model import read_tensors, write_tensors
 from attribution.training_settings import LoraSettings, TrainingSettings
 
@@ -69,9 +69,9 @@ def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]
             if name not in base_projections(unet):
                 added.callback(layer.register_forward_hook(add(name)).remove)
 
-        def run(latents: Tensor, timesteps: Tensor, keys_values: KeysValues, models: Tensor) -> Tensor:
+        def run(latents: Tensor, timesteps: Tensor, told: Conditioning, models: Tensor) -> Tensor:
             chosen["models"] = models
-            return predict(latents, timesteps, keys_values)
+            return predict(latents, timesteps, told)
 
         yield run
 

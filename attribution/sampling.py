@@ -6,18 +6,19 @@ cross-attention takes from the text, and what else their method tunes. The rest 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.base_model import latent_shape
+from attribution.base_model import Pipeline, latent_shape
 from attribution.conditioning import encode_text, token_ids, word_vectors
-from attribution.cross_attention import project
+from attribution.cross_attention import Conditioning, Text, project
 from attribution.customization import METHODS
 from attribution.customized_model import TOKEN, ModelStack
 
@@ -53,9 +54,7 @@ class Drawing:
     seed: int
 
 
-def base_stack(
-    pipe: StableDiffusionPipeline, initializers: Sequence[str], *, token: str = TOKEN
-) -> ModelStack:
+def base_stack(pipe: Pipeline, initializers: Sequence[str], *, token: str = TOKEN) -> ModelStack:
     """The base itself, once for each word; the new token's row is that of the word.
 
     Raises ValueError if that is not one token of the vocabulary.
@@ -65,7 +64,7 @@ def base_stack(
 
 @torch.inference_mode()
 def draw_latents(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     stack: ModelStack,
     drawings: Sequence[Drawing],
     sampler: Sampler,
@@ -85,7 +84,7 @@ def draw_latents(
     pairs = [(drawing.model, drawing.prompt) for drawing in drawings]
     place = {pair: number for number, pair in enumerate(dict.fromkeys([*empty, *pairs]))}
     stack = stack.to(device, dtype)
-    keys_values = _keys_values(pipe, stack, list(place))
+    told = _tell(pipe, stack, list(place))
     scheduler = sampler.build(pipe.scheduler.config)
     guided = sampler.guidance > 1
     options = {"eta": sampler.eta} if sampler.scheduler == "ddim" else {}
@@ -99,7 +98,7 @@ def draw_latents(
                 rows = [place[pair] for pair in empty[start : start + batch_size]] + rows
                 models = models.repeat(2)
             index = torch.tensor(rows, device=device)
-            batch_keys_values = {layer: (k[index], v[index]) for layer, (k, v) in keys_values.items()}
+            batch_told = told.map(operator.itemgetter(index))
             noise = [torch.Generator().manual_seed(drawing.seed) for drawing in batch]
             latents = torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in noise])
             scheduler.set_timesteps(sampler.steps, device=device)
@@ -108,7 +107,7 @@ def draw_latents(
                 inputs = scheduler.scale_model_input(
                     torch.cat([latents, latents] if guided else [latents]), timestep
                 )
-                output = predict(inputs, timestep, batch_keys_values, models)
+                output = predict(inputs, timestep, batch_told, models)
                 if guided:
                     without, with_text = output.chunk(2)
                     output = without + sampler.guidance * (with_text - without)
@@ -120,24 +119,24 @@ def draw_latents(
     return torch.cat(finished)
 
 
-def _keys_values(
-    pipe: StableDiffusionPipeline, stack: ModelStack, pairs: Sequence[tuple[int, str]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _tell(pipe: Pipeline, stack: ModelStack, pairs: Sequence[tuple[int, str]]) -> Conditioning:
     """Keys and values by layer, [pairs, words, out] each, of (model, prompt) pairs in any order."""
     own = METHODS[stack.method].text_weights(pipe.unet, stack.weights)
     models = [model for model, _ in pairs]
     ids = token_ids(pipe, [prompt for _, prompt in pairs], models, token=stack.token)
-    text = torch.cat([encode_text(pipe, part, stack.vectors) for part in ids.split(256)])
+    text = Text.cat([encode_text(pipe, part, stack.vectors) for part in ids.split(256)])
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for model in dict.fromkeys(models):
-        mine = torch.tensor([other == model for other in models], device=text.device)
+        mine = torch.tensor([other == model for other in models], device=ids.device)
         weights = {
             name: weight[model : model + 1] if len(weight) > 1 else weight for name, weight in own.items()
         }
-        for layer, parts in project(weights, text[mine][None]).items():
+        # Bound here, as a lambda in a loop would not be.
+        own_text = text.map(operator.itemgetter(mine)).map(operator.itemgetter(None))
+        for layer, parts in project(weights, own_text).keys_values.items():
             if layer not in found:
                 key, value = (part.new_empty(len(pairs), *part.shape[2:]) for part in parts)
                 found[layer] = key, value
             for whole, part in zip(found[layer], parts, strict=True):
                 whole[mine] = part[0]
-    return found
+    return Conditioning(found, text.added)

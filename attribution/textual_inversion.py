@@ -31,7 +31,7 @@ def text_weights(unet: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str,
 def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]:
     """The base, once for the whole batch."""
     with text_attention(unet) as predict:
-        yield lambda latents, timesteps, keys_values, models: predict(latents, timesteps, keys_values)
+        yield lambda latents, timesteps, told, models: predict(latents, timesteps, told)
 
 
 def write(folder: Path, weights: Mapping[str, Tensor], unet: nn.Module, dtype: torch.dtype) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -42,7 +41,7 @@ from attribution import (
     textual_inversion,
 )
 from attribution.augmentation import AugmentationSettings, draw_view
-from attribution.base_model import BaseSettings, encode_images, latent_shape
+from attribution.base_model import BaseSettings, Pipeline, encode_images, latent_shape
 from attribution.concepts import Concept, fill_prompt, read_concepts
 from attribution.customization import RECORD, write_model
 from attribution.customized_model import TOKEN
@@ -283,7 +282,7 @@ class Customizer:
                     summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
                     continue
                 folder = commit.enter_context(atomic_path(self.folder(concept.concept_id)))
-                write_model(folder, stack[i], pipe.unet, dtype=getattr(torch, self.params.saved_dtype))
+                write_model(folder, stack[i], pipe, dtype=getattr(torch, self.params.saved_dtype))
                 record = {
                     "key": self.keys[concept.concept_id],
                     "method": self.params.method,
@@ -301,7 +300,7 @@ class Customizer:
         return summary
 
 
-def prepare(pipe: StableDiffusionPipeline, params: Params, concept: Concept, priors: Path) -> Lesson:
+def prepare(pipe: Pipeline, params: Params, concept: Concept, priors: Path) -> Lesson:
     """Encoded views of the concept, the base's images of its noun. Raises ImageError for a bad exemplar."""
     words = params.words(concept)
     _, rows, columns = latent_shape(pipe)
@@ -330,9 +329,7 @@ def prepare(pipe: StableDiffusionPipeline, params: Params, concept: Concept, pri
     )
 
 
-def prior_latents(
-    pipe: StableDiffusionPipeline, params: Params, prompt: str, initializer: str, priors: Path
-) -> Tensor:
+def prior_latents(pipe: Pipeline, params: Params, prompt: str, initializer: str, priors: Path) -> Tensor:
     """Latents that the base drew for `prompt`, once for all concepts and runs that want the same."""
     key = content_key(prompt, params.seed, params.prior_images, params.prior_sampler)
     path = priors / f"{key}.safetensors"

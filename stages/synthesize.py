@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ from attribution import (
     seeds,
     textual_inversion,
 )
-from attribution.base_model import BaseSettings, decode_latents
+from attribution.base_model import BaseSettings, Pipeline, decode_latents
 from attribution.concepts import Concept, fill_prompt, read_concepts
 from attribution.customization import model_files, read_model
 from attribution.customized_model import TOKEN, CustomizedModel, ModelStack
@@ -256,7 +255,7 @@ def choose(params: Params, concept: Concept, prompts: Prompts) -> list[Request]:
 
 
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     params: Params,
     models: Sequence[CustomizedModel],
     requests: Sequence[Sequence[Request]],

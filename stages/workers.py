@@ -21,11 +21,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from attribution.base_model import BaseSettings, load_base
+from attribution.base_model import BaseSettings, Pipeline, load_base
 from attribution.customized_model import ModelStack
 from attribution.memory import halving, is_out_of_memory
 from attribution.sampling import Drawing, Sampler, draw_latents
@@ -116,7 +115,7 @@ def batched(
 
 
 def draw_fitting(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     stack: ModelStack,
     drawings: Sequence[Drawing],
     sampler: Sampler,
@@ -137,13 +136,13 @@ def is_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def base_pipeline(base: BaseSettings) -> StableDiffusionPipeline:
+def base_pipeline(base: BaseSettings) -> Pipeline:
     """The base, loaded once in each process, and again when the contents of its folder have changed."""
     return _load(base, base.key())
 
 
 @functools.lru_cache(maxsize=1)
-def _load(base: BaseSettings, key: str) -> StableDiffusionPipeline:
+def _load(base: BaseSettings, key: str) -> Pipeline:
     return load_base(base)
 
 

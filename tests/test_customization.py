@@ -44,7 +44,7 @@ def pipe(folder: Path) -> StableDiffusionPipeline:
 
 def write(folder: Path, model: CustomizedModel, pipe: StableDiffusionPipeline, **options) -> Path:
     """As the stage leaves it."""
-    write_model(folder, model, pipe.unet, **{"dtype": torch.float32, **options})
+    write_model(folder, model, pipe, **{"dtype": torch.float32, **options})
     write_json(folder / RECORD, {"method": model.method})
     return folder
 

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from attribution import lessons
 from attribution.base_model import BaseSettings, load_base
 from attribution.conditioning import word_vectors
+from attribution.cross_attention import Text
 from attribution.customization import METHODS
 from attribution.lessons import Lesson, masked_error, train
 from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
@@ -94,11 +95,11 @@ def test_the_start_of_text_teaches_custom_diffusion_nothing(
 ) -> None:
     real = lessons.encode_text
 
-    def only_one_word(*arguments: object) -> torch.Tensor:
+    def only_one_word(*arguments: object) -> Text:
         text = real(*arguments)  # type: ignore[arg-type]
-        keep = torch.zeros_like(text)
+        keep = torch.zeros_like(text.words)
         keep[:, word] = 1
-        return text * keep
+        return Text(text.words * keep, text.added)
 
     monkeypatch.setattr(lessons, "encode_text", only_one_word)
     settings = training_settings(method, weight_decay=0.0)

@@ -98,8 +98,8 @@ def test_only_what_is_needed_is_fetched(
 def test_what_cannot_be_had_is_one_line(cache: Path) -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=rf"base.model: {MODEL} at {COMMIT}: not in {cache}, and cannot be fetched \(.*outgoing traffic.*\);"
-        rf" where the hub can be reached: hf download {MODEL} --revision {COMMIT} --include",
+        match=rf"base.model: {MODEL} at {COMMIT}: not in {cache}, and cannot be fetched \(.*outgoing traffic"
+        rf".*\); where the hub can be reached: hf download {MODEL} --revision {COMMIT} --include",
     ) as raised:
         load_base(hub())
     assert "\n" not in str(raised.value)

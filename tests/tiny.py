@@ -73,15 +73,19 @@ def build_pipeline(
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction",
     unet: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
+    padding: str | None = None,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """A pipeline that draws pictures of latents[1] * factor pixels; its weights depend on `seed` alone.
 
-    `unet` and `text` are more of the configurations of the UNet and of the text encoder.
+    `unet` and `text` are more of the configurations of the UNet and of the text encoder; `padding` is the
+    word that fills prompts up.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = word_tokenizer(positions=positions)
+        if padding is not None:
+            tokenizer.pad_token = padding
         text_encoder = CLIPTextModel(text_config(tokenizer, text_width, positions, **(text or {})))
         # transformers starts embeddings at a deviation of 0.02: too little for words to show in the pictures.
         torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
