@@ -42,7 +42,13 @@ def text_weights(
 
 @contextlib.contextmanager
 def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]:
-    """Each model's own UNet for its own samples, one model at a time."""
+    """Each model's own UNet for its own samples, one model at a time.
+
+    Raises ValueError for a base that checkpoints gradients: what is made again on the way back would be made
+    with the weights of the base.
+    """
+    if getattr(unet, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
+        raise ValueError("dreambooth: wanted base.memory.checkpoint_gradients: false")
     with text_attention(unet) as predict:
 
         def run(latents: Tensor, timesteps: Tensor, told: Conditioning, models: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def train(
     where the target is the noise or the velocity, as the base's scheduler says. Nothing of one lesson reaches
     another: the sum of their losses is minimised over parameters of which each lesson has its own, element by
     element (AdamW), and its randomness comes from (seed, concept_id, step). All lessons need as many
-    views and priors as each other. A lesson that diverged has losses that are not finite.
+    views and priors as each other. What is trained is float32, whatever the precision of the base. A lesson
+    that diverged has losses that are not finite.
     """
     models, views, priors = len(lessons), settings.views_per_step, settings.priors_per_step
     how = METHODS[method]
@@ -88,6 +89,7 @@ def train(
         return torch.cat([part[:, :views], repeated], dim=1).flatten(0, 1)
 
     numbers = torch.arange(models, device=pipe.device)[:, None]
+    scale = LossScale(models, pipe.device) if pipe.unet.dtype == torch.float16 else None
     losses = []
     with how.network(pipe.unet, weights) as predict:
         for step in range(settings.steps):
@@ -104,13 +106,37 @@ def train(
             if priors:
                 loss = loss + settings.prior_weight * errors[:, views:].mean(dim=1)
             optimizer.zero_grad()
-            loss.sum().backward()
+            if scale is None:
+                loss.sum().backward()
+            else:
+                scale.backward(loss, [*weights.values(), vectors])
             optimizer.step()
             losses.append(loss.detach())
             on_step()
     trained = {name: weight.detach() for name, weight in weights.items()}
     stack = ModelStack(method, trained, vectors.detach())
     return stack, torch.stack(losses).cpu().numpy()
+
+
+class LossScale:
+    """Keeps the gradients of a float16 base in its range: each model's loss has a factor of its own.
+
+    A model whose gradients overflow learns nothing in that step, and its factor is halved. Factors are powers
+    of two: where nothing overflows or vanishes they change nothing.
+    """
+
+    def __init__(self, models: int, device: torch.device, start: float = 4096.0) -> None:
+        self.factors = torch.full((models,), start, device=device)
+
+    def backward(self, loss: Float[Tensor, " models"], parameters: Sequence[Tensor]) -> None:
+        """Leaves in the parameters, [models, ...] each, the gradients of the sum of the losses."""
+        (loss * self.factors).sum().backward()
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        finite = torch.stack([one.flatten(1).isfinite().all(dim=1) for one in gradients]).all(dim=0)
+        for one in gradients:
+            apart = (-1, *(1,) * (one.ndim - 1))
+            one.div_(self.factors.view(apart)).masked_fill_(~finite.view(apart), 0)
+        self.factors = torch.where(finite, self.factors, self.factors / 2)
 
 
 def masked_error(
