@@ -6,11 +6,8 @@ import dataclasses
 import io
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -149,31 +146,6 @@ def test_a_run_that_broke_off_goes_on_and_ends_the_same(
     monkeypatch.undo()
     assert reused(featurize(data)) == finished
     assert digests(data) == undisturbed
-
-
-def test_killed_at_any_moment_it_resumes(data: Path) -> None:
-    """SIGKILL, so that nothing can tidy up; the shards finished by then are not made again."""
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom attribution.backbones import Backbone\n"
-        "encode = Backbone.encode_pixels\n"
-        "def slow(self, pixels):\n    time.sleep(0.2)\n    return encode(self, pixels)\n"
-        "Backbone.encode_pixels = slow\n"
-        "from tests.test_featurize import featurize\n"
-        "featurize(Path(sys.argv[1]))\n"
-    )
-    shards = data / "features" / ".shards" / "pixels"
-    with subprocess.Popen([sys.executable, "-c", code, str(data)]) as process:
-        deadline = time.monotonic() + 60
-        while len(list(shards.glob("[!.]*.npy"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    line = featurize(data)
-    assert 8 <= reused(line) < 27
-    resumed = digests(data)
-    assert reused(featurize(data, shards=data / "other")) == 0
-    assert digests(data) == resumed
-    assert not list((data / "features").rglob(".partial-*"))
 
 
 def test_one_more_exemplar_costs_one_shard_and_old_shards_go(data: Path) -> None:
