@@ -15,8 +15,8 @@ from attribution import cuda_device, cuda_library
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 
-@functools.cache
-def emulated_library() -> cuda_library.Library:
+def compile_emulated(csrc: Path) -> Path:
+    """A library of these sources, in a temporary folder."""
     compiler = shutil.which("c++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("the emulation of CUDA wants a C++ compiler and x86-64")
@@ -26,16 +26,23 @@ def emulated_library() -> cuda_library.Library:
             compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
             "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
             '-DATTRIBUTION_CUDA_SOURCES_SHA256="emulated"',
-            "-x", "c++", *sorted(str(source) for source in (CSRC / "cuda").glob("*.cu")),
+            "-x", "c++", *sorted(str(source) for source in (csrc / "cuda").glob("*.cu")),
             "-o", str(path),
         ],
         check=True, timeout=600,
     )  # fmt: skip
-    return cuda_library.Library(path)
+    return path
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+@functools.cache
+def emulated_library() -> cuda_library.Library:
+    return cuda_library.Library(compile_emulated(CSRC))
+
+
+def emulate(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, library: cuda_library.Library | None = None
+) -> None:
     """impl="cuda" runs on the CPU from here on, with the filter of that name."""
-    library = emulated_library()
+    library = library or emulated_library()
     monkeypatch.setattr(cuda_library.Library, "has_hopper", property(lambda self: kernel == "hopper"))
     monkeypatch.setattr(cuda_device, "open_device", lambda device=None: (library, torch.device("cpu")))

@@ -50,12 +50,13 @@ def check(queries: np.ndarray, rows: torch.Tensor, **arguments: Any) -> similari
     return got
 
 
-# One tile of queries resident, one tile, two tiles shared by two blocks; ragged in rows and in depth.
+# One tile of queries resident, one tile, two tiles shared by two blocks; ragged in rows and in depth; deep enough for
+# every ring of stages to come round.
 @pytest.mark.parametrize(
     ("count", "rows", "dim", "storage"),
     [
-        (3, 259, 40, "float32"), (3, 259, 72, "float16"), (3, 259, 72, "bfloat16"), (65, 140, 40, "float32"),
-        (66, 140, 64, "bfloat16"), (129, 257, 72, "float16"),
+        (3, 259, 40, "float32"), (3, 259, 840, "float16"), (3, 259, 72, "bfloat16"), (65, 140, 40, "float32"),
+        (66, 140, 600, "bfloat16"), (129, 257, 72, "float16"), (129, 140, 328, "bfloat16"),
     ],
 )  # fmt: skip
 def test_every_kernel_returns_the_bits_of_the_cpu(

@@ -90,10 +90,10 @@ struct Weighing {
 #ifdef ATTRIBUTION_EMULATED
 
 template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t, int cluster,
+void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t, int cluster,
             Arguments... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
-  emulated::run(unsigned(grid), unsigned(block), shared_bytes, unsigned(cluster), body);
+  emulated::run(name, grid, block, shared_bytes, cluster, body);
 }
 inline unsigned char* shared_memory() { return emulated::machine.current->cta->shared; }
 inline float half_bits_to_float(uint16_t bits) {

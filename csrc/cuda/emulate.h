@@ -1,16 +1,18 @@
 // Enough of CUDA to run these kernels on a CPU, for tests on machines without a GPU: each thread is a fiber, and who
-// waits gives way to the next. Asynchronous copies happen at once and matrix products at the last moment allowed, so
-// that a stage of shared memory given free too early shows in the result; when nobody can go on, it says so.
+// waits gives way to another. What is asynchronous on a device happens, as the dice fall, at once or as late as it may,
+// copies in any order, and threads, warps and blocks fall behind: a stage of shared memory that is read too early or
+// given free too soon shows in the result. What a device would refuse, or answer with a hang, is an error.
 //
-// What this cannot show: races between fibers that do not wait, memory models, speed.
+// What this cannot show: races within a stretch of code that waits for nothing, memory models, speed.
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -43,14 +45,20 @@ struct Cta {
   unsigned rank = 0;
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   Barrier barrier;
   int alive = 0;
   std::vector<Warp> warps;
 };
 
-struct Product {
+// Something asynchronous, in a group that its thread may wait for.
+struct Work {
   int group;
   std::function<void()> run;
+};
+struct Queue {
+  std::vector<Work> work;
+  int group = 0;  // the one that is still open
 };
 
 struct Fiber {
@@ -59,8 +67,7 @@ struct Fiber {
   Dim3 thread;
   Cta* cta = nullptr;
   bool done = false;
-  std::vector<Product> products;
-  int group = 0;
+  Queue copies, products;
   unsigned lane() const { return thread.x % 32; }
   Warp& warp() const { return cta->warps[thread.x / 32]; }
 };
@@ -69,11 +76,22 @@ struct Machine {
   void* scheduler = nullptr;
   Fiber* current = nullptr;
   std::vector<Cta> cluster;
+  Barrier cluster_barrier;
+  int cluster_alive = 0;
   Dim3 grid, block;
   const std::function<void()>* body = nullptr;
   int64_t progress = 0;
+  std::vector<std::function<void()>> under_way;  // copies that somebody's barrier waits for
+  std::string failure;
+  bool in_fiber = false;
+  uint64_t dice = 1;
 };
 inline Machine machine;
+
+inline uint32_t thrown(size_t sides) {
+  machine.dice = machine.dice * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t((machine.dice >> 33) % sides);
+}
 
 extern "C" void attribution_switch(void** from, void* to);
 asm(R"(
@@ -98,6 +116,37 @@ attribution_switch:
 )");
 
 inline void give_way() { attribution_switch(&machine.current->stack_pointer, machine.scheduler); }
+
+// What a device would not do. Never returns.
+[[noreturn]] inline void fail(const std::string& why) {
+  if (!machine.in_fiber) throw std::runtime_error(why);
+  machine.failure = why;
+  for (;;) give_way();
+}
+
+// Work of one thread goes in order.
+inline void finish(Queue& queue, int before) {
+  size_t done = 0;
+  for (; done < queue.work.size() && queue.work[done].group < before; ++done) queue.work[done].run();
+  queue.work.erase(queue.work.begin(), queue.work.begin() + int64_t(done));
+}
+inline void begin(Queue& queue, std::function<void()> run) {
+  queue.work.push_back({queue.group, std::move(run)});
+  if (thrown(2)) finish(queue, queue.group + 1);
+}
+
+inline void begin_copy(std::function<void()> run) {
+  if (thrown(2)) return run();
+  machine.under_way.push_back(std::move(run));
+}
+inline bool land_one() {
+  if (machine.under_way.empty()) return false;
+  const auto landing = machine.under_way.begin() + thrown(machine.under_way.size());
+  const std::function<void()> run = std::move(*landing);
+  machine.under_way.erase(landing);
+  run();
+  return true;
+}
 
 inline void complete(Barrier& barrier) {
   barrier.arrived = 0;
@@ -125,53 +174,78 @@ inline void fiber_main() {
   std::abort();
 }
 
-inline void run(Dim3 grid, Dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& body) {
+inline void run(const std::string& name, int64_t grid, int block, size_t shared_bytes, int cluster, const std::function<void()>& body) {
   constexpr size_t stack_bytes = 64 << 10;
-  machine.grid = grid;
-  machine.block = block;
+  // What a block may have: of sm_90, or of the poorest that shares a kernel, sm_86.
+  const size_t most_shared = name.find("sm_90a") != std::string::npos ? 227 << 10 : 99 << 10;
+  if (grid < 1 || grid >= int64_t(1) << 31 || grid % cluster != 0 || block < 1 || block > 1024 || block % 32 != 0 || shared_bytes > most_shared)
+    throw std::runtime_error(name + ": no device launches a grid of " + std::to_string(grid) + " blocks of " + std::to_string(block) +
+                             " threads with " + std::to_string(shared_bytes) + " bytes, in clusters of " + std::to_string(cluster));
+  machine.grid = Dim3(unsigned(grid));
+  machine.block = Dim3(unsigned(block));
   machine.body = &body;
-  std::vector<Fiber> fibers(size_t(cluster) * block.x);
+  machine.failure.clear();
+  machine.under_way.clear();
+  std::vector<Fiber> fibers(size_t(cluster) * size_t(block));
   for (Fiber& fiber : fibers) fiber.stack.reset(new char[stack_bytes]);
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; x += cluster) {
-      machine.cluster.assign(cluster, Cta());
-      for (unsigned rank = 0; rank < cluster; ++rank) {
-        Cta& cta = machine.cluster[rank];
-        cta.block = Dim3(x + rank, y);
-        cta.rank = rank;
-        cta.memory.assign(shared_bytes + 2048, 0xff);  // NaN: what nobody wrote shows
-        cta.shared = cta.memory.data() + (1024 - reinterpret_cast<uintptr_t>(cta.memory.data()) % 1024);
-        cta.alive = int(block.x);
-        cta.warps = std::vector<Warp>(block.x / 32);
-      }
-      for (size_t i = 0; i < fibers.size(); ++i) {
-        Fiber& fiber = fibers[i];
-        fiber.thread = Dim3(unsigned(i) % block.x);
-        fiber.cta = &machine.cluster[i / block.x];
-        fiber.done = false;
-        fiber.group = 0;
-        fiber.products.clear();
-        void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63));
-        top -= 1;  // as if called: the stack pointer is 8 off a multiple of 16
-        *--top = reinterpret_cast<void*>(&fiber_main);
-        for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-        fiber.stack_pointer = top;
-      }
-      for (bool left = true; left;) {
-        left = false;
-        const int64_t before = machine.progress;
-        for (Fiber& fiber : fibers) {
-          if (fiber.done) continue;
-          left = true;
-          machine.current = &fiber;
-          attribution_switch(&machine.scheduler, fiber.stack_pointer);
-        }
-        if (left && machine.progress == before) {
-          std::fprintf(stderr, "emulated kernel: every thread waits, none can go on\n");
-          std::abort();
-        }
-      }
+  for (int64_t x = 0; x < grid; x += cluster) {
+    machine.cluster.assign(size_t(cluster), Cta());
+    machine.cluster_barrier = Barrier();
+    machine.cluster_alive = cluster * block;
+    for (unsigned rank = 0; rank < unsigned(cluster); ++rank) {
+      Cta& cta = machine.cluster[rank];
+      cta.block = Dim3(unsigned(x) + rank);
+      cta.rank = rank;
+      cta.memory.assign(shared_bytes + 2048, 0xff);  // NaN: what nobody wrote shows
+      cta.shared = cta.memory.data() + (1024 - reinterpret_cast<uintptr_t>(cta.memory.data()) % 1024);
+      cta.shared_bytes = shared_bytes;
+      cta.alive = block;
+      cta.warps = std::vector<Warp>(size_t(block) / 32);
     }
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.thread = Dim3(unsigned(i) % unsigned(block));
+      fiber.cta = &machine.cluster[i / size_t(block)];
+      fiber.done = false;
+      fiber.copies = fiber.products = Queue();
+      void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63));
+      top -= 1;  // as if called: the stack pointer is 8 off a multiple of 16
+      *--top = reinterpret_cast<void*>(&fiber_main);
+      for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+      fiber.stack_pointer = top;
+    }
+    // Some stay behind for some rounds: single threads, warps, or a block. But not while nobody else can go on.
+    const size_t together[] = {1, 32, size_t(block), fibers.size()};
+    size_t unit = size_t(block);  // one block begins later
+    uint32_t behind = cluster > 1 ? 1u << thrown(size_t(cluster)) : 0, rounds = thrown(16);
+    bool left = true, all = false;
+    while (left) {
+      left = false;
+      if (rounds-- == 0) {
+        unit = together[thrown(4)];
+        behind = unit == fibers.size() ? 0 : thrown(size_t(1) << 31);
+        rounds = thrown(8);
+      }
+      const int64_t before = machine.progress;
+      const size_t first = thrown(fibers.size());
+      for (size_t i = 0; i < fibers.size(); ++i) {
+        const size_t index = (first + i) % fibers.size();
+        Fiber& fiber = fibers[index];
+        if (fiber.done) continue;
+        left = true;
+        if (!all && behind >> (index / unit % 31) & 1) continue;
+        machine.current = &fiber;
+        machine.in_fiber = true;
+        attribution_switch(&machine.scheduler, fiber.stack_pointer);
+        machine.in_fiber = false;
+        if (!machine.failure.empty()) throw std::runtime_error(name + ": " + machine.failure);
+      }
+      const bool stuck = machine.progress == before;
+      if (left && stuck && all && !land_one()) throw std::runtime_error(name + ": every thread waits, none can go on");
+      all = stuck;
+    }
+    if (!machine.under_way.empty()) throw std::runtime_error(name + ": a block ends while copies into it are under way");
+  }
 }
 
 template <class T>

@@ -31,6 +31,7 @@ template <class Shape>
 constexpr size_t stage_bytes = size_t(Shape::tile_rows + (Shape::resident ? 0 : Shape::consumers * group_lines)) * line_bytes;
 // The kernel of three groups starts with 168 registers a thread, 384 times: what one group gives, the others take.
 constexpr int registers_given = 40, registers_taken = 232;
+static_assert(registers_given + 2 * registers_taken == 3 * 168 && registers_given % 8 == 0 && registers_taken % 8 == 0, "");
 template <class Shape>
 size_t resident_bytes(int64_t line) {
   return Shape::resident ? size_t(line) * group_lines : 0;
@@ -173,13 +174,20 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
   if constexpr (cluster > 1) cluster_barrier();
 }
 
-TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_t rows, int64_t stride, int lines);
+#ifndef ATTRIBUTION_EMULATED
+TensorMap encode(const Boxes& boxes);
+#endif
+
+// Boxes of one line's bytes by so many rows.
+TensorMap map_of(const unsigned char* base, Storage storage, int64_t columns, int64_t rows, int64_t stride, int lines) {
+  return encode({base, storage, {uint64_t(columns), uint64_t(rows)}, uint64_t(stride), {uint32_t(line_bytes / bytes_of(storage)), uint32_t(lines)}});
+}
 
 template <class Shape>
 void walk(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
-  const TensorMap queries_map = map_of(batch.packed, batch.storage, batch.line / (batch.storage == int(Storage::float32) ? 4 : 2),
-                                       batch.padded, batch.line, group_lines);
-  const TensorMap rows_map = map_of(slab.rows, batch.storage, batch.dim, slab.count, slab.stride, box_rows);
+  const Storage storage = Storage(batch.storage);
+  const TensorMap queries_map = map_of(batch.packed, storage, batch.line / bytes_of(storage), batch.padded, batch.line, group_lines);
+  const TensorMap rows_map = map_of(slab.rows, storage, batch.dim, slab.count, slab.stride, box_rows);
   const int stages = stages_of<Shape>(batch.line);
   const size_t bytes = barrier_bytes + resident_bytes<Shape>(batch.line) + size_t(stages) * stage_bytes<Shape>;
   const int query_groups = Shape::resident ? 1 : batch.padded / query_tile / Shape::cluster;
@@ -192,18 +200,11 @@ void walk(const Batch& batch, const Slab& slab, const Chunk& chunk, int processo
          Shape::cluster, queries_map, rows_map, batch, slab, chunk, stages);
 }
 
-#ifdef ATTRIBUTION_EMULATED
+#ifndef ATTRIBUTION_EMULATED
 
-TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_t rows, int64_t stride, int lines) {
-  const int bytes = storage == int(Storage::float32) ? 4 : 2;
-  return TensorMap{base, columns, rows, stride, bytes, line_bytes / bytes, lines};
-}
-
-#else
-
-// The driver's function, found at run time: the library loads where there is no driver.
-TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_t rows, int64_t stride, int lines) {
-  static const auto encode = [] {
+// By the driver's function, found at run time: the library loads where there is no driver.
+TensorMap encode(const Boxes& boxes) {
+  static const auto tiled = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
@@ -212,17 +213,18 @@ TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_
                                          const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                          CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(found);
   }();
-  const bool wide = storage == int(Storage::float32);
-  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride)};
-  const cuuint32_t box[2] = {cuuint32_t(line_bytes / (wide ? 4 : 2)), cuuint32_t(lines)}, steps[2] = {1, 1};
+  const cuuint64_t sizes[2] = {boxes.sizes[0], boxes.sizes[1]}, strides[1] = {boxes.stride};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUtensorMapDataType type = boxes.storage == Storage::float32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : boxes.storage == Storage::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   TensorMap map;
-  const CUresult result = encode(
-      &map, wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : storage == int(Storage::float16) ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      2, const_cast<unsigned char*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = tiled(&map, type, 2, const_cast<unsigned char*>(boxes.base), sizes, strides, boxes.box, steps,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)) + " for " + std::to_string(rows) + " rows of " +
-                             std::to_string(columns) + ", " + std::to_string(stride) + " bytes apart");
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)) + " for " + std::to_string(sizes[1]) + " rows of " +
+                             std::to_string(sizes[0]) + ", " + std::to_string(strides[0]) + " bytes apart");
   return map;
 }
 
@@ -231,8 +233,10 @@ TensorMap map_of(const unsigned char* base, int storage, int64_t columns, int64_
 }  // namespace
 
 bool hopper_can(const Batch& batch, const Slab& slab) {
-  // The copy engine wants multiples of 16 bytes, and knows rows by 31 bits.
-  if (reinterpret_cast<uintptr_t>(slab.rows) % 16 != 0 || slab.stride % 16 != 0 || slab.stride < batch.dim || slab.count >= (int64_t(1) << 31)) return false;
+  // The copy engine wants multiples of 16 bytes and rows that do not overlap, and knows rows by 31 bits.
+  const int64_t row_bytes = batch.dim * bytes_of(Storage(batch.storage));
+  if (reinterpret_cast<uintptr_t>(slab.rows) % 16 != 0 || slab.stride % 16 != 0 || slab.stride < row_bytes) return false;
+  if (slab.stride >= (int64_t(1) << 40) || slab.count >= (int64_t(1) << 31)) return false;
   return stages_of<Many>(batch.line) >= 2;
 }
 

@@ -6,18 +6,32 @@ namespace attribution::cuda {
 
 #ifdef ATTRIBUTION_EMULATED
 
+// The device keeps the first bytes of shared memory to itself.
+constexpr uint32_t shared_base = 1024;
 inline uint32_t shared_address(const void* at) {
-  return uint32_t(static_cast<const unsigned char*>(at) - emulated::machine.current->cta->shared);
+  return shared_base + uint32_t(static_cast<const unsigned char*>(at) - emulated::machine.current->cta->shared);
 }
-inline unsigned char* at_shared(uint32_t address) { return emulated::machine.current->cta->shared + address; }
+inline unsigned char* at_shared(const emulated::Cta& cta, uint32_t address, size_t bytes) {
+  if (cta.alive == 0) emulated::fail("a block reaches into one that has ended");
+  if (address < shared_base || address - shared_base + bytes > cta.shared_bytes)
+    emulated::fail("shared memory ends before " + std::to_string(address) + " + " + std::to_string(bytes));
+  return cta.shared + (address - shared_base);
+}
+inline unsigned char* at_shared(uint32_t address, size_t bytes) { return at_shared(*emulated::machine.current->cta, address, bytes); }
 
 inline void copy_16(uint32_t to, const void* from, int bytes) {
-  std::memset(at_shared(to), 0, 16);
-  if (bytes > 0) std::memcpy(at_shared(to), from, size_t(bytes));
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulated::fail("cp.async: an address is not a multiple of 16");
+  unsigned char* place = at_shared(to, 16);
+  emulated::begin(emulated::machine.current->copies, [=] {
+    std::memset(place, 0, 16);
+    if (bytes > 0) std::memcpy(place, from, size_t(bytes));
+  });
 }
-inline void commit_copies() {}
+inline void commit_copies() { ++emulated::machine.current->copies.group; }
 template <int left>
-void wait_for_copies() {}
+void wait_for_copies() {
+  emulated::finish(emulated::machine.current->copies, emulated::machine.current->copies.group - left);
+}
 
 inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
   emulated::Fiber& me = *emulated::machine.current;
@@ -25,23 +39,21 @@ inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
   warp.slot[me.lane()][0] = address;
   emulated::warp_barrier();
   for (int i = 0; i < 4; ++i)
-    std::memcpy(&words[i], at_shared(uint32_t(warp.slot[8 * i + int(me.lane()) / 4][0])) + 4 * (me.lane() % 4), 4);
+    std::memcpy(&words[i], at_shared(uint32_t(warp.slot[8 * i + int(me.lane()) / 4][0]), 16) + 4 * (me.lane() % 4), 4);
   emulated::warp_barrier();
 }
 
-// The product of two words: two halves each, or one float. Tensor cores cut off what they do not keep.
+// What tensor cores read of a word: two halves, or one float of which they cut off 13 bits. They cut sums off, too.
+struct Pair {
+  double first, second;
+};
 template <Storage storage>
-double word_product(uint32_t a, uint32_t b) {
-  if (storage == Storage::float32)
-    return double(__uint_as_float(a & ~0x1fffu)) * double(__uint_as_float(b & ~0x1fffu));
-  double sum = 0;
-  for (int half = 0; half < 2; ++half) {
-    const uint16_t x = uint16_t(a >> (16 * half)), y = uint16_t(b >> (16 * half));
-    sum += storage == Storage::float16 ? double(half_bits_to_float(x)) * double(half_bits_to_float(y))
-                                       : double(__uint_as_float(uint32_t(x) << 16)) * double(__uint_as_float(uint32_t(y) << 16));
-  }
-  return sum;
+Pair values_of(uint32_t word) {
+  if (storage == Storage::float32) return {double(__uint_as_float(word & ~0x1fffu)), 0.0};
+  if (storage == Storage::float16) return {double(half_bits_to_float(uint16_t(word))), double(half_bits_to_float(uint16_t(word >> 16)))};
+  return {double(__uint_as_float(word << 16)), double(__uint_as_float(word & 0xffff0000u))};
 }
+inline double product(const Pair& a, const Pair& b) { return a.first * b.first + a.second * b.second; }
 inline float cut_off(double value) {
   const float rounded = float(value);
   return std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
@@ -59,7 +71,8 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     double sum = c[i];
     for (int t = 0; t < 4; ++t)
       for (int half = 0; half < 2; ++half)
-        sum += word_product<storage>(uint32_t(warp.slot[row * 4 + t][2 * half + lower]), uint32_t(warp.slot[column * 4 + t][4 + half]));
+        sum += product(values_of<storage>(uint32_t(warp.slot[row * 4 + t][2 * half + lower])),
+                       values_of<storage>(uint32_t(warp.slot[column * 4 + t][4 + half])));
     c[i] = cut_off(sum);
   }
   emulated::warp_barrier();
