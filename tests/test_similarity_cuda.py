@@ -50,8 +50,8 @@ def check(queries: np.ndarray, rows: torch.Tensor, **arguments: Any) -> similari
     return got
 
 
-# One tile of queries resident, one tile, two tiles shared by two blocks; ragged in rows and in depth; deep enough for
-# every ring of stages to come round.
+# One tile of queries resident, one tile, two tiles shared by two blocks; ragged in rows and in depth; deep
+# enough for every ring of stages to come round.
 @pytest.mark.parametrize(
     ("count", "rows", "dim", "storage"),
     [
