@@ -40,8 +40,10 @@ class Batch:
         self.largest_offset = 0.0 if offset is None else float(np.abs(offset).max(initial=0))
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         self.processors = properties.multi_processor_count if properties else 3
-        self.hopper = library.has_hopper and (
-            properties is None or (properties.major, properties.minor) == (9, 0)
+        self.hopper = (
+            cuda.kernel_allowed() == "hopper"
+            and library.has_hopper
+            and (properties is None or (properties.major, properties.minor) == (9, 0))
         )
         self.seen = 0
         self.fresh = True
@@ -145,13 +147,7 @@ class Batch:
 
     def require_finite_scores(self) -> None:
         """ValueError names a query and a row whose score is beyond float32. Waits."""
-        code = int(self.fault.item())
-        if code == -1:
-            return
-        row, query = divmod(code, 2**32)
-        raise ValueError(
-            f"query row {self.which[query]} and gallery row {row}: their score is beyond the range of float32"
-        )
+        require_finite_scores(self.fault, self.which)
 
     def without(self, overflowed: np.ndarray) -> "Batch":
         """This batch, read as if it had only the other queries."""
@@ -239,3 +235,14 @@ class Batch:
         self.library.score(ctypes.byref(self.plan), wanted, ids.shape[1], written)
         self.require_finite_scores()
         return scores.cpu().numpy()
+
+
+def require_finite_scores(fault: torch.Tensor, which: np.ndarray) -> None:
+    """ValueError names a query, by its number in `which`, and a row whose score is beyond float32. Waits."""
+    code = int(fault.item())
+    if code == -1:
+        return
+    row, query = divmod(code, 2**32)
+    raise ValueError(
+        f"query row {which[query]} and gallery row {row}: their score is beyond the range of float32"
+    )

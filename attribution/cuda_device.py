@@ -15,7 +15,7 @@ def open_device(device: Any = None) -> tuple[Any, torch.device]:
     library = cuda.load_library()
     if not library.devices():
         raise ValueError(
-            'impl="cuda": wanted a CUDA device, got none that the driver offers; do: impl="cpu" or "auto"'
+            f'impl="cuda": wanted a CUDA device, got none ({library.failure()}); do: impl="cpu" or "auto"'
         )
     chosen = torch.device("cuda" if device is None else device)
     if chosen.type != "cuda":

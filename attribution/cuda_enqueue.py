@@ -7,7 +7,7 @@ import torch
 
 from attribution import cuda_library as cuda
 from attribution import cuda_walk, similarity
-from attribution.cuda_batch import ENQUEUED_NORM, Batch
+from attribution.cuda_batch import ENQUEUED_NORM, Batch, require_finite_scores
 from attribution.cuda_call import Settings
 from attribution.cuda_device import require_current
 from attribution.cuda_gallery import Gallery
@@ -17,8 +17,10 @@ from attribution.cuda_gallery import Gallery
 class Enqueued:
     """Answers in device memory, valid once the stream has come to them, and only where `settled`."""
 
-    batch: Batch
+    gallery: Gallery
     largest_norm: torch.Tensor  # of the queries
+    selected: torch.Tensor  # [queries, SELECTED_WORDS]
+    fault: torch.Tensor
     ids: torch.Tensor
     scores: torch.Tensor
     influence: torch.Tensor
@@ -31,8 +33,8 @@ class Enqueued:
         norm = float(self.largest_norm)
         if not norm <= ENQUEUED_NORM:
             raise ValueError(f"enqueue: wanted finite queries with |q| <= 2^30, got one with |q| = {norm}")
-        self.batch.require_finite_scores()
-        words = self.batch.selected.cpu().numpy()
+        require_finite_scores(self.fault, np.arange(len(self.selected)))
+        words = self.selected.cpu().numpy()
         return (words[:, cuda.STATUS] == 0) & (words[:, cuda.WIDE] == 0)
 
 
@@ -59,4 +61,6 @@ def enqueue(queries: torch.Tensor, gallery: Gallery, *, k: int, inv_tau: float, 
         batch.walk(index, rows, first, growth, search)
     norms = torch.linalg.vector_norm(values, dim=1)
     largest = norms.amax() if len(values) else norms.sum()
-    return Enqueued(batch, largest, *batch.enqueue_answers(search))
+    answers = batch.enqueue_answers(search)
+    # Not the batch itself: its workspace may be used by whoever comes next on this stream.
+    return Enqueued(gallery, largest, batch.selected.clone(), batch.fault.clone(), *answers)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
@@ -84,6 +85,10 @@ class Library:
         """The number of devices; 0 where there is no driver."""
         return int(self._functions.attribution_cuda_devices())
 
+    def failure(self) -> str:
+        """Why the last call of this thread failed, or found no device."""
+        return str(self._functions.attribution_cuda_failure().decode())
+
     def layout(self, *shape: int) -> dict[str, int]:
         """Offsets into the workspace of (queries, dim, storage, capacity, slabs), and its size as "all"."""
         at = (c_int64 * len(PLACES))()
@@ -96,10 +101,18 @@ class Library:
         def call(*arguments: Any) -> None:
             passed = [c_int64(value) if isinstance(value, int) else value for value in arguments]
             if function(*passed):
-                raise RuntimeError(f"cuda: {self._functions.attribution_cuda_failure().decode()}")
+                raise RuntimeError(f"cuda: {self.failure()}")
 
         setattr(self, name, call)
         return call
+
+
+def kernel_allowed() -> str:
+    """ATTRIBUTION_CUDA_KERNEL: "generic", or else "hopper", which is used where it can be."""
+    wanted = os.environ.get("ATTRIBUTION_CUDA_KERNEL", "hopper")
+    if wanted not in ("generic", "hopper"):
+        raise ValueError(f"ATTRIBUTION_CUDA_KERNEL: wanted generic or hopper, got {wanted!r}")
+    return wanted
 
 
 def sources_digest(csrc: Path) -> str:

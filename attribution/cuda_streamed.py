@@ -1,12 +1,15 @@
 """A gallery in host memory, or in files mapped there, that goes through the device slab by slab."""
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
 from attribution import cuda_library as cuda
+from attribution import similarity
 from attribution import similarity_arrays as arrays
 from attribution.cuda_rows import (
     Rows,
@@ -19,6 +22,7 @@ from attribution.cuda_rows import (
 )
 
 SLAB_BYTES = 64 << 20  # of each of two buffers on either side
+MOST_COPIERS = 8  # threads into pinned memory: one alone is slower than the link to the device
 
 
 class Streamed:
@@ -33,14 +37,21 @@ class Streamed:
 
     def slabs(self) -> Iterator[tuple[Rows, float]]:
         """Each slab with the bound of Rows.largest. The next one is on its way while one is worked on."""
+        copiers = min(MOST_COPIERS, similarity.threads_allowed())
+        with ThreadPoolExecutor(1) as sender, ThreadPoolExecutor(copiers) as pool:
+            yield from self._sent(sender, pool, copiers)
+
+    def _sent(
+        self, sender: ThreadPoolExecutor, pool: ThreadPoolExecutor, copiers: int
+    ) -> Iterator[tuple[Rows, float]]:
         pieces = list(self._pieces())
         most = max((len(piece) for _, piece in pieces), default=0)
         buffers = [_Buffer(most, self.dim, self.storage, self.device) for _ in range(min(2, len(pieces)))]
+        sent = [sender.submit(buffers[0].send, pieces[0][1], pool, copiers)] if pieces else []
         for i, (first_row, piece) in enumerate(pieces):
-            if i == 0:
-                buffers[0].send(piece)
+            sent[i].result()
             if i + 1 < len(pieces):
-                buffers[(i + 1) % 2].send(pieces[i + 1][1])
+                sent.append(sender.submit(buffers[(i + 1) % 2].send, pieces[i + 1][1], pool, copiers))
             rows = buffers[i % 2].receive(len(piece))
             scale = None
             if self.inputs.scale is not None:
@@ -73,13 +84,18 @@ class _Buffer:
             self.stream = torch.cuda.Stream(device)
             self.sent, self.used = torch.cuda.Event(), torch.cuda.Event()
             self.used.record(torch.cuda.current_stream(device))
+            # A call that fails leaves a copy under way: nobody else may get the memory before it has landed.
+            self.there.record_stream(self.stream)
 
-    def send(self, piece: np.ndarray) -> None:
+    def send(self, piece: np.ndarray, pool: ThreadPoolExecutor, copiers: int) -> None:
         """Starts the copy of these rows."""
         if self.real:
             self.sent.synchronize()  # the pinned memory may be written again
         here = self.here[: len(piece)]
-        np.copyto(here.numpy(), piece.view(bits_type(self.storage)))
+        to, bits = here.numpy(), piece.view(bits_type(self.storage))
+        bounds = [len(piece) * i // copiers for i in range(copiers + 1)]
+        parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
+        list(pool.map(lambda part: np.copyto(to[part], bits[part]), parts))
         if not self.real:
             self.there[: len(piece)].copy_(here)
             return

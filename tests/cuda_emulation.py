@@ -44,5 +44,5 @@ def emulate(
 ) -> None:
     """impl="cuda" runs on the CPU from here on, with the filter of that name."""
     library = library or emulated_library()
-    monkeypatch.setattr(cuda_library.Library, "has_hopper", property(lambda self: kernel == "hopper"))
+    monkeypatch.setenv("ATTRIBUTION_CUDA_KERNEL", kernel)
     monkeypatch.setattr(cuda_device, "open_device", lambda device=None: (library, torch.device("cpu")))

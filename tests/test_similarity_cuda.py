@@ -353,6 +353,12 @@ def test_chunks_leave_room_for_what_they_emit(queries: int, k: int, rows: int) -
     assert first >= k
 
 
+def test_only_kernels_that_there_are_can_be_asked_for(device: str, monkeypatch) -> None:
+    monkeypatch.setenv("ATTRIBUTION_CUDA_KERNEL", "volta")
+    with pytest.raises(ValueError, match=r"ATTRIBUTION_CUDA_KERNEL: wanted generic or hopper, got 'volta'"):
+        similarity.search(np.ones((1, 4), np.float32), np.ones((9, 4), np.float32), k=1, impl="cuda")
+
+
 def test_without_kernels_or_device_the_door_says_what_to_do(monkeypatch, tmp_path) -> None:
     rows = np.ones((3, 4), np.float32)
     if not torch.cuda.is_available():

@@ -152,7 +152,9 @@ def test_more_than_two_billion_values() -> None:
     rows, dim = 2**31 // 64 + 4_000_000, 64
     if torch.cuda.mem_get_info()[0] < 2.2 * rows * dim * 2:
         pytest.skip("needs more free device memory")
-    gallery = torch.zeros((rows, dim), dtype=torch.bfloat16, device="cuda")
+    gallery = torch.empty((rows, dim), dtype=torch.bfloat16, device="cuda")
+    for some in gallery.split(1 << 22):
+        some.normal_(std=0.01)
     for row, value in ((5, 0.5), (rows - 1, 1.0), (2**31 // 64 + 1, 0.75)):
         gallery[row, 1] = value
     queries = np.zeros((3, dim), np.float32)
@@ -197,7 +199,7 @@ def test_a_fault_surfaces_at_its_launch_when_debugging() -> None:
         place = similarity_cuda.Gallery(torch.ones((4096, 64), dtype=torch.float16))
         bad = place.shards[0]
         slab = type(bad).slab
-        type(bad).slab = lambda self: (lambda s: (setattr(s, "rows", 16), s)[1])(slab(self))
+        type(bad).slab = lambda self: (lambda s: (setattr(s, "stripes", 16), s)[1])(slab(self))
         try:
             similarity.search(np.ones((1, 64), np.float32), place, k=1)
         except RuntimeError as error:

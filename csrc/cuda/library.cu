@@ -138,7 +138,9 @@ int attribution_cuda_devices() {
   return 1;
 #else
   int count = 0;  // an error leaves it untouched
-  if (cudaGetDeviceCount(&count) != cudaSuccess) cudaGetLastError();
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  failure = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaGetLastError();
   return count;
 #endif
 }
