@@ -59,7 +59,7 @@ def decode_image(source: Path | bytes, *, name: str | None = None) -> Image.Imag
                 raise ImageError(_too_large(where, f"{width} x {height}"))
             image.load()
             return _upright(_to_rgb(image, where), _orientation(image))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(_too_large(where, "too many")) from None

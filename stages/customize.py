@@ -186,7 +186,8 @@ def customize_all(customizer: Customizer, groups: Sequence[Sequence[Concept]], s
         for concept in pending:
             if reason := reasons[params.prior_prompt(concept)]:
                 summary.failed[concept.concept_id] = reason
-        groups = [[one for one in group if one.concept_id not in summary.failed] for group in groups]
+        sound = [[one for one in group if one.concept_id not in summary.failed] for group in groups]
+        groups = [group for group in sound if group]
         for group, part in zip(groups, each(customizer.learn, groups), strict=True):
             summary.add(part)
             progress.update(len(group))

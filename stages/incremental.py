@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
@@ -74,7 +73,8 @@ class Summary:
 
 def one_line(error: BaseException) -> str:
     """What the error says, however long, in a line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+    said = " ".join(str(error)[:10_000].split()) or type(error).__name__
+    return said if len(said) <= 300 else f"{said[:297]}..."
 
 
 def concerns_one(error: Exception) -> bool:

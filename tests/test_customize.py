@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from attribution.augmentation import AugmentationSettings
 from attribution.base_model import BaseSettings
@@ -22,9 +24,10 @@ from attribution.customization import METHODS, read_model
 from attribution.customized_model import TOKEN_FILE
 from attribution.files import read_json
 from attribution.images import write_image_table
-from attribution.sampling import Sampler
+from attribution.sampling import Drawing, Sampler
 from stages import customize
 from stages.customize import RECORD, Params, Words, run
+from stages.incremental import StageError
 from tests.tiny import save_tiny_pipeline
 from tests.tiny_models import method_settings, training_settings
 
@@ -250,3 +253,76 @@ def test_deltas_can_be_kept_in_half_precision(stage: Callable, tmp_path: Path) -
 def test_the_token_belongs_in_the_prompt_and_not_in_the_prior(words: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"wanted \{token\} in prompt and not in prior_prompt"):
         Words(*words, "red")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of so many kB, which can grow."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = False
+
+    def make(size_kb: int) -> Path:
+        nonlocal mounted
+        options = f"size={size_kb}k" + ",remount" * mounted
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True)
+        if done.returncode and not mounted:
+            pytest.skip(f"no disk can be mounted: {done.stderr.decode().strip()}")
+        mounted = True
+        return place
+
+    yield make
+    if mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize(
+    ("concepts_per_batch", "message"),
+    [
+        (
+            1,
+            r"^customize: 1 done, .*0 failed, 5 skipped\n  stopped: .* wanted for 5 more customized models, ",
+        ),
+        (6, r"^customize: 0 done, .*0 failed, 6 skipped\n  stopped: .*the disk is full after .* of it, "),
+    ],
+    ids=["asked for", "full"],
+)
+def test_a_disk_too_small_is_told_and_nothing_is_left_half_written(
+    tmp_path: Path,
+    base: BaseSettings,
+    small_disk: Callable[[int], Path],
+    concepts_per_batch: int,
+    message: str,
+) -> None:
+    concepts = {f"o{i}": [picture(i)] for i in range(6)}
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", concepts)
+    params = replace(PARAMS, concepts_per_batch=concepts_per_batch)
+    run(params, base, exemplars=exemplars, customized=tmp_path / "ample")
+    one_kb = sum(map(len, contents(tmp_path / "ample" / "o1").values())) // 1000
+    customized = small_disk(4 * one_kb) / "customized"
+    with pytest.raises(StageError, match=message):
+        run(params, base, exemplars=exemplars, customized=customized)
+    ample = contents(tmp_path / "ample")
+    found = contents(customized)
+    assert found.items() < ample.items()
+    assert not [path for path in customized.rglob("*") if path.name.startswith(".")]
+    small_disk(40 * one_kb)
+    run(params, base, exemplars=exemplars, customized=customized)
+    assert contents(customized) == ample
+
+
+def test_a_bad_prior_fails_its_concepts_only(
+    stage: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = customize.draw_fitting
+
+    def draw(
+        pipe: object, stack: object, drawings: list[Drawing], *rest: object, **options: object
+    ) -> Tensor:
+        latents = real(pipe, stack, drawings, *rest, **options)
+        return latents / 0 if "car" in drawings[0].prompt else latents
+
+    monkeypatch.setattr(customize, "draw_fitting", draw)
+    with pytest.raises(StageError, match=r"1 done, .*2 failed\n  o1: 'a car': not finite numbers come of it"):
+        stage(CONCEPTS)
+    assert (tmp_path / "customized" / "s1").is_dir()

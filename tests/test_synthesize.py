@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
@@ -24,7 +26,7 @@ from attribution.customization import METHODS
 from attribution.customized_model import TOKEN_FILE
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
-from stages import customize, ship_synthesized, synthesize
+from stages import customize, ship_synthesized, synthesize, workers
 from stages.incremental import StageError
 from stages.synthesize import Params, choose, read_prompts, run, write_queries
 from tests import test_customize
@@ -318,3 +320,81 @@ def test_pictures_are_webp(tmp_path: Path, world: SimpleNamespace) -> None:
     data = read_image_table(tmp_path / "o1.parquet")["image"][0].as_py()
     assert Image.open(io.BytesIO(data)).format == "WEBP"
     assert pq.read_schema(tmp_path / "o1.parquet").metadata.keys() == {synthesize.KEY}
+
+
+def spoil(weights: Path, how: str) -> None:
+    tensors = load_file(weights)
+    name = next(name for name, tensor in tensors.items() if tensor.numel())
+    if how == "nan":
+        tensors[name] = torch.full_like(tensors[name], float("nan"))
+    elif how == "layer":
+        del tensors[name]
+    save_file(tensors, weights)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("nan", r"o2-[0-9a-f]{16}: not finite numbers \(8 of 8 images\); customize it anew"),
+        ("layer", r"no model of this base: .+"),
+        ("truncated", r"\S*o2/\S*: not a safetensors file: .+"),
+    ],
+)
+@pytest.mark.parametrize("images_per_batch", [8, 32])
+def test_a_bad_model_fails_alone_and_is_named(
+    tmp_path: Path, world: SimpleNamespace, how: str, reason: str, images_per_batch: int
+) -> None:
+    customized = tmp_path / "customized"
+    shutil.copytree(world.customized, customized)
+    spoil(customized / "o2" / WEIGHTS_FILE, how)
+    params = replace(PARAMS, images_per_batch=images_per_batch)
+    with pytest.raises(StageError, match=rf"^synthesize: 3 done, .*1 failed\n  o2: {reason}$"):
+        synthesize_in(tmp_path / "images", world, params, customized=customized)
+    assert sorted(path.stem for path in (tmp_path / "images").iterdir()) == ["o1", "o3t", "s1"]
+
+
+def test_pixels_that_are_no_numbers_are_no_black_pictures(tmp_path: Path, world: SimpleNamespace) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base.model, base)
+    (weights,) = (base / "vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"] *= float("nan")
+    save_file(tensors, weights)
+    broken = SimpleNamespace(**{**vars(world), "base": replace(world.base, model=str(base))})
+    with pytest.raises(StageError, match=r"4 failed\n  o1: the decoder makes pixels that are no numbers"):
+        synthesize_in(tmp_path / "images", broken)
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_images_that_memory_does_not_hold_are_drawn_in_smaller_batches(
+    tmp_path: Path, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real, drawn = workers.draw_latents, []
+
+    def draw(pipe: object, stack: object, drawings: list, *rest: object, **options: object) -> torch.Tensor:
+        if len(drawings) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        drawn.append(len(drawings))
+        return real(pipe, stack, drawings, *rest, **options)
+
+    monkeypatch.setattr(workers, "_held", {})
+    synthesize_in(tmp_path / "ample", world)
+    monkeypatch.setattr(workers, "draw_latents", draw)
+    synthesize_in(tmp_path / "short", world)
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said == [
+        "synthesize: out of memory on 16 images; going on with 8 at a time",
+        "synthesize: out of memory on 8 images; going on with 4 at a time",
+    ]
+    assert drawn == [4] * 8
+    for concept_id in ALL:
+        few, many = (
+            [np.asarray(decode_image(data.as_py()), float) for data in read_image_table(path)["image"]]
+            for path in (
+                tmp_path / "short" / f"{concept_id}.parquet",
+                tmp_path / "ample" / f"{concept_id}.parquet",
+            )
+        )
+        assert np.abs(np.subtract(few, many)).mean() < 0.5

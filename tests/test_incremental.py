@@ -1,0 +1,98 @@
+"""What a run did, in lines; one run a folder; room for the rest."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+from attribution.files import DiskFullError
+from stages.incremental import SHOWN, StageError, Summary, alone_in, concerns_one, one_line, room_for
+
+
+def test_each_failure_has_its_line() -> None:
+    summary = Summary("customize", done=["a"], failed={"c": "too dark", "b": "not an\nimage"})
+    with pytest.raises(StageError) as e:
+        summary.raise_failures()
+    assert str(e.value).splitlines()[0] == "customize: 1 done, 0 reused, 0 pruned, 2 failed"
+    Summary("customize", done=["a"]).raise_failures()
+
+
+def test_hundreds_of_failures_are_twenty_lines_and_a_count() -> None:
+    reason = one_line(ValueError("no good " * 10_000))
+    failed = {f"o{i:05}": reason for i in range(7000)}
+    with pytest.raises(StageError) as e:
+        Summary("customize", failed=failed).raise_failures()
+    lines = str(e.value).splitlines()
+    assert (len(lines), lines[-1]) == (SHOWN + 2, "  and 6,980 more")
+    assert max(map(len, lines)) < 320
+
+
+def test_an_error_without_words_is_known_by_its_type() -> None:
+    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("not an image"), True),
+        (FileNotFoundError("gone"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: device-side assert"), False),
+        (TypeError("a bug"), False),
+        (DiskFullError(errno.ENOSPC, "full"), False),
+        (BrokenProcessPool("killed"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_may_be_the_fault_of_one_item(error: Exception, expected: bool) -> None:
+    assert concerns_one(error) is expected
+
+
+@pytest.mark.parametrize("error", [DiskFullError(errno.ENOSPC, "no room"), BrokenProcessPool("no room")])
+def test_what_stops_a_run_is_said_and_what_was_not_come_to_is_counted(error: Exception) -> None:
+    summary = Summary("customize", reused=["r"])
+    with summary.counting("abcd", is_done="b".__contains__):
+        summary.add(Summary("customize", done=["a"], failed={"c": "bad"}))
+        raise error
+    assert (summary.done, summary.skipped) == (["a", "b"], ["d"])
+    with pytest.raises(StageError) as e:
+        summary.raise_failures()
+    assert str(e.value).splitlines() == [
+        "customize: 2 done, 1 reused, 0 pruned, 1 failed, 1 skipped",
+        "  c: bad",
+        f"  stopped: {error}",
+    ]
+
+
+def test_any_other_error_is_raised() -> None:
+    with pytest.raises(KeyError), Summary("customize").counting("ab", is_done=bool):
+        raise KeyError("a bug")
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_left(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "customized"
+    refused = pytest.raises(StageError, match="customized: another run is at work there; wait for it to end")
+    with alone_in(folder), alone_in(tmp_path / "data" / "synthesized"), refused, alone_in(folder):
+        pass
+    with alone_in(folder):
+        assert list(folder.iterdir()) == []
+
+
+def test_room_is_asked_for_as_much_as_what_is_there_took(tmp_path: Path) -> None:
+    folder = tmp_path / "o1"
+    folder.mkdir()
+    (folder / "weights").write_bytes(bytes(60_000))
+    (folder / "token").write_bytes(bytes(40_000))
+    free = shutil.disk_usage(tmp_path).free
+    room_for(10, "models", like=folder)
+    room_for(0, "models", like=folder)
+    for like, each in ((folder, 100_000), (folder / "weights", 60_000)):
+        with pytest.raises(
+            DiskFullError, match=r"\S+: .* wanted for [0-9,]+ more models, .* free; make room"
+        ):
+            room_for(2 * free // each, "models", like=like)

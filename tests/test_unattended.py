@@ -1,0 +1,291 @@
+"""Stages that run for days: killed, short of memory, or two at once, they lose little and say so."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from attribution.base_model import BaseSettings
+from attribution.custom_diffusion import WEIGHTS
+from attribution.files import sha256_file
+from stages import customize, synthesize
+from stages.incremental import StageError, chunks
+from tests import test_customize, test_synthesize
+from tests.forked import Server, members, serving
+from tests.test_customize import contents, picture, write_exemplars
+from tests.test_synthesize import TEMPLATES, write_templates
+from tests.tiny import save_tiny_pipeline
+from tests.tiny_models import method_settings
+
+CONCEPTS = {f"{kind}{i:02}": [picture(2 * i + (kind == "s"))] for i in range(6) for kind in "os"}
+
+
+class NotedCustomizer(customize.Customizer):
+    """Says in a file what it begins."""
+
+    def learn_at_once(self, group: Sequence) -> customize.Summary:
+        note(self.customized, [concept.concept_id for concept in group])
+        return super().learn_at_once(group)
+
+
+class NotedSynthesizer(synthesize.Synthesizer):
+    """Says in a file what it begins."""
+
+    def draw_at_once(self, group: Sequence[str]) -> customize.Summary:
+        note(self.synthesized, group)
+        return super().draw_at_once(group)
+
+
+def note(folder: Path, begun: Sequence[str]) -> None:
+    with folder.with_suffix(".begun").open("a") as file:
+        file.write(f"{time.monotonic()} {' '.join(begun)}\n")
+
+
+def begun_in(folder: Path) -> list[tuple[float, list[str]]]:
+    """When each batch was begun, and its concepts."""
+    path = folder.with_suffix(".begun")
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return [(float(line[0]), line[1:]) for line in lines]
+
+
+def run_customize(
+    root: str, out: str, memory_mb: int = 0, views_per_step: int = 1, **changes: object
+) -> None:
+    """In a process of its own."""
+    customize.Customizer = NotedCustomizer  # type: ignore[misc]
+    training = method_settings(steps=2, views_per_step=views_per_step, priors_per_step=1)
+    params = replace(test_customize.PARAMS, training=training, **changes)  # type: ignore[arg-type]
+    base = BaseSettings(f"{root}/base", None, "cpu", "float32")
+    exemplars = Path(root, "exemplars.parquet")
+    if memory_mb:
+        # What a first run takes for good, code above all, does not count.
+        customize.run(test_customize.PARAMS, base, exemplars=exemplars, customized=Path(f"{out}-before"))
+        limit_memory(memory_mb)
+    print(customize.run(params, base, exemplars=exemplars, customized=Path(out)))
+
+
+def run_synthesize(root: str, out: str, memory_mb: int = 0, **changes: object) -> None:
+    """In a process of its own."""
+    synthesize.Synthesizer = NotedSynthesizer  # type: ignore[misc]
+    if memory_mb:
+        limit_memory(memory_mb)
+    summary = synthesize.run(
+        replace(test_synthesize.PARAMS, **changes),  # type: ignore[arg-type]
+        BaseSettings(f"{root}/base", None, "cpu", "float32"),
+        exemplars=Path(root, "exemplars.parquet"),
+        customized=Path(root, "customized"),
+        prompts=Path(root, "prompts"),
+        synthesized=Path(out),
+    )
+    print(summary)
+
+
+def limit_memory(more_mb: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exemplars, prompts and a base model."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny_pipeline(root / "base")
+    write_exemplars(root / "exemplars.parquet", CONCEPTS)
+    write_templates(root / "prompts", TEMPLATES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    with serving(str(root / "base")) as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as these tests run it: what it is called with, where its results are known by."""
+
+    function: str
+    items: str
+    options: dict[str, object]
+    batch: int
+    at_once: int  # how many concepts its processes have in hand together
+
+    def finished(self, out: Path) -> dict[str, tuple[int, int, str]]:
+        """Each item that is whole, with what would change if it were written again."""
+        found = {}
+        for path in out.glob(self.items):
+            status = path.stat()
+            found[str(path.relative_to(out))] = (status.st_ino, status.st_mtime_ns, sha256_file(path))
+        return found
+
+
+def stage(name: str, *, workers: int, batch: int) -> Stage:
+    """The batch is of concepts, or of the eight images of each."""
+    if name == "customize":
+        options = {"workers": workers, "concepts_per_batch": batch}
+        return Stage(
+            "tests.test_unattended:run_customize", "[os]*/customized.json", options, batch, workers * batch
+        )
+    options = {"workers": workers, "images_per_batch": 8 * batch}
+    return Stage("tests.test_unattended:run_synthesize", "*.parquet", options, batch, workers * batch)
+
+
+def kill_again_and_again(
+    server: Server, root: Path, folder: Path, stage: Stage, *, kills: int, seed: int
+) -> list[int]:
+    """Kills runs of the stage at random moments and checks each; returns how many concepts each kill lost."""
+    rng = random.Random(seed)
+    out, calm = folder / "out", folder / "calm"
+    options = {"root": str(root), **stage.options}
+    assert server.run(stage.function, folder / "calm.log", out=str(calm), **options) == 0
+    moments = [moment for moment, _ in begun_in(calm)]
+    batch_s = (moments[-1] - moments[0]) / (len(moments) - 1)
+    lost: list[int] = []
+    while len(lost) < kills:
+        before, begun_before = stage.finished(out), len(begun_in(out))
+        log = folder / f"{len(lost)}.log"
+        session = server.start(stage.function, log, out=str(out), **options)
+        # Now and then before anything is begun; else in the first batches, so that work is left for the rest.
+        batches = rng.choice([0, 1, 1, 2])
+        while len(begun_in(out)) < begun_before + batches and members(session):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.2 * batch_s))
+        victim = rng.choice(["run", "all", "worker"]) if stage.options["workers"] != 1 else "run"
+        kill(session, victim, rng)
+        status, after = server.wait(), stage.finished(out)
+        assert before.items() <= after.items()
+        begun = [name for _, names in begun_in(out)[begun_before:] for name in names]
+        if status != 0:
+            lost.append(len(begun) - (len(after) - len(before)))
+            assert 0 <= lost[-1] <= stage.at_once
+        if victim == "worker" and status == 1:
+            assert "one of the worker processes was killed, most likely for want of memory" in log.read_text()
+        if len(after) == len(stage.finished(calm)):
+            # Next to nothing is left to do: some batches are taken away again, whole, for they round as one.
+            for batch in rng.sample(
+                list(chunks(sorted(after), stage.batch)), len(after) // (2 * stage.batch)
+            ):
+                for name in batch:
+                    remove(out / name.split("/")[0])
+    assert server.run(stage.function, folder / "last.log", out=str(out), **options) == 0
+    assert [path for path in folder.rglob("*") if path.name.startswith(".")] == []
+    assert contents(out) == contents(calm)
+    return lost
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def kill(session: int, victim: str, rng: random.Random) -> None:
+    """SIGKILL for the run, for one of its workers, or for all of it at once."""
+    with contextlib.suppress(OSError):  # it may have ended by now
+        if victim == "all":
+            os.killpg(session, signal.SIGKILL)
+        elif victim == "run":
+            os.kill(session, signal.SIGKILL)
+        else:
+            os.kill(rng.choice(workers_of(session)), signal.SIGKILL)
+
+
+def workers_of(session: int) -> list[int]:
+    """The spawned workers; beside them there is a process of Python's own that tracks resources."""
+    lines = {number: Path(f"/proc/{number}/cmdline").read_text() for number in members(session)}
+    return [number for number, line in lines.items() if "spawn_main" in line] or [session]
+
+
+def test_three_kills_lose_an_item_each_at_most(server: Server, root: Path, tmp_path: Path) -> None:
+    assert (
+        len(
+            kill_again_and_again(
+                server, root, tmp_path, stage("customize", workers=1, batch=1), kills=3, seed=0
+            )
+        )
+        == 3
+    )
+
+
+def test_batches_are_halved_until_memory_holds_them_and_what_is_too_large_alone_fails_by_name(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
+    huge = io.BytesIO()
+    Image.new("1", (7000, 7000)).save(huge, "PNG")
+    few = {name: CONCEPTS[name] for name in sorted(CONCEPTS)[:7]} | {"o99": [huge.getvalue()]}
+    write_exemplars(tmp_path / "exemplars.parquet", few)
+    (tmp_path / "base").symlink_to(root / "base")
+    options = {"root": str(tmp_path), "concepts_per_batch": 8, "views_per_step": 128}
+    function = "tests.test_unattended:run_customize"
+    short, ample = tmp_path / "short", tmp_path / "ample"
+    assert server.run(function, tmp_path / "log", out=str(short), memory_mb=150, **options) == 1
+    said = (tmp_path / "log").read_text()
+    assert "customize: out of memory on 8 concepts; going on with 4 at a time\n" in said
+    assert re.search(r"7 done, 0 reused, 0 pruned, 1 failed\n  o99: .+", said), said
+    assert server.run(function, tmp_path / "log", out=str(ample), **options) == 0
+    for name in list(few)[:7]:
+        expected = load_file(ample / name / WEIGHTS)
+        found = load_file(short / name / WEIGHTS)
+        for key in expected:
+            np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-5)
+
+
+def test_of_two_runs_at_once_the_second_is_refused_and_the_first_undisturbed(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
+    out, calm = tmp_path / "out", tmp_path / "calm"
+    function = "tests.test_unattended:run_customize"
+    options = {"root": str(root), "workers": 1, "concepts_per_batch": 1}
+    server.start(function, tmp_path / "log", out=str(out), **options)
+    while not begun_in(out):
+        time.sleep(0.01)
+    with pytest.raises(StageError, match="out: another run is at work there; wait for it to end, or end it"):
+        customize.run(
+            test_customize.PARAMS,
+            BaseSettings(str(root / "base"), None, "cpu", "float32"),
+            exemplars=root / "exemplars.parquet",
+            customized=out,
+        )
+    assert server.wait() == 0
+    assert server.run(function, tmp_path / "log", out=str(calm), **options) == 0
+    assert contents(out) == contents(calm)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [
+        (stage("customize", workers=1, batch=1), 6),
+        (stage("customize", workers=1, batch=3), 4),
+        (stage("customize", workers=2, batch=1), 4),
+        (stage("synthesize", workers=1, batch=1), 6),
+        (stage("synthesize", workers=2, batch=1), 4),
+    ],
+    ids=["customize", "customize-batched", "customize-workers", "synthesize", "synthesize-workers"],
+)
+def test_twenty_four_kills_lose_what_was_in_hand_at_most(
+    server: Server, root: Path, tmp_path: Path, stage: Stage, kills: int
+) -> None:
+    if "synthesize" in stage.function and not (root / "customized").exists():
+        options = {"root": str(root), "out": str(root / "customized")}
+        assert server.run("tests.test_unattended:run_customize", tmp_path / "models.log", **options) == 0
+    lost = kill_again_and_again(server, root, tmp_path, stage, kills=kills, seed=kills)
+    print(f"{stage.options}: lost {lost}")
