@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
         "concepts_per_batch": 1,
         "views": 2,
         "prior_images": 2,
-        "training": {"steps": 2},
+        "training": {"custom_diffusion": {"steps": 2}, "lora": {"steps": 2}},
         "prior_sampler": {"steps": 2},
     },
     "gate": {"prompts": 32, "sampler": {"steps": 2}},
