@@ -1,65 +1,121 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and measures on a machine with a GPU, in one call of less than ten minutes:
+# Builds, tries, measures, tests and sanitizes on a machine with a GPU, in one call of less than ten minutes:
 #
 #     benchmarks/cuda.sh
 #
-# Wants python3 with torch, numpy, pybind11, scikit-build-core (not used, but what an install wants), jaxtyping and
-# pytest; cmake, ninja, nvcc. Hypothesis, beartype and Triton are used where they are. Nothing is installed and nothing
-# outside build/ and the folder of results is written. Results go to $OUT, or benchmarks/results: cuda_build.log,
-# cuda_tests.log, cuda_sanitizers.log, similarity_cuda.json, cuda_benchmark.log. Every step runs even if one before it
-# failed; the exit status is that of the worst.
+# Wants python3 with torch, numpy, pybind11 and jaxtyping; cmake, ninja, nvcc. pytest, hypothesis, beartype, Triton and
+# compute-sanitizer are used where they are. Nothing is installed, and nothing outside build/ and the folder of results
+# is written: $OUT, or benchmarks/results. A step that fails, hangs or lacks a tool does not keep the others from
+# running: summary.json has each one's exit status (124: it ran out of time) and seconds, beside cuda_build.log,
+# cuda_short.log, cuda_benchmark.log, cuda_tests.log, cuda_sanitizers.log and similarity_cuda.json. Where the Hopper
+# kernel fails cuda_short, benchmark and tests run without it. SECONDS_IN_ALL (570) bounds the whole.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$(realpath -m "${OUT:-benchmarks/results}")
-mkdir -p "$results"
+logs=$PWD/build/cuda_logs
+rm -rf "$logs"
+mkdir -p "$results" "$logs"
+python=$(command -v python3) || python=python
 begin=$SECONDS
-failed=0
+left() { echo $((${SECONDS_IN_ALL:-570} - (SECONDS - begin))); }
 
-step() {  # seconds, log, command...
-  local limit=$1 log=$results/$2 status=0
-  shift 2
-  echo "==> $* (at $((SECONDS - begin)) s)"
-  timeout "$limit" "$@" >"$log" 2>&1 || status=$?
-  tail -n "${TAIL:-15}" "$log"
-  if [ $status -ne 0 ]; then
-    echo "<== failed with $status: $log"
-    failed=1
-  fi
-  return $status
+summarize() {
+  "$python" - "$logs" "$results/summary.json" "$((SECONDS - begin))" <<'END'
+import json, os, pathlib, sys
+logs, target, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+steps = [json.loads(path.read_text()) for path in sorted(logs.glob("*.json"), key=lambda path: path.stat().st_mtime)]
+whole = target.with_name(f"summary.{os.getpid()}")  # several steps may end at once
+whole.write_text(json.dumps({"seconds": seconds, "steps": steps}, indent=1) + "\n")
+whole.replace(target)
+END
 }
 
+# name, seconds at most, command... The log is $logs/name.log.
+step() {
+  local name=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  if [ "$limit" -gt "$(left)" ]; then limit=$(left); fi
+  if [ "$limit" -le 0 ]; then
+    status=124
+    echo "no time was left" >"$logs/$name.log"
+  else
+    timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
+  fi
+  printf '{"step": "%s", "status": %d, "seconds": %d}\n' "$name" "$status" $((SECONDS - start)) >"$logs/$name.json"
+  echo "==> $name: status $status, $((SECONDS - start)) s (at $((SECONDS - begin)) s): $*"
+  tail -n "${TAIL:-12}" "$logs/$name.log"
+  summarize
+  return "$status"
+}
+gather() {  # log of the results, steps...
+  local log=$results/$1 name
+  shift
+  for name in "$@"; do
+    if [ -f "$logs/$name.log" ]; then
+      echo "===== $name"
+      tail -c 3000000 "$logs/$name.log"
+    fi
+  done >"$log"
+}
+
+machine() {
+  nvidia-smi || true
+  nvcc --version
+  cmake --version
+  "$1" - <<'END'
+import importlib.metadata as metadata, sys, torch
+print(sys.version, torch.__version__, torch.version.cuda)
+for name in ("numpy", "pybind11", "jaxtyping", "pytest", "hypothesis", "beartype", "triton"):
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "is not here")
+print(torch.cuda.get_device_properties(0))
+END
+}
 build() {
   set -e
   cmake -G Ninja -S . -B build/cuda -DATTRIBUTION_CUDA=ON \
-    -Dpybind11_DIR="$(python3 -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
-    -DPYTHON_EXECUTABLE="$(command -v python3)" -DPython_EXECUTABLE="$(command -v python3)"
+    -Dpybind11_DIR="$("$1" -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
+    -DPYTHON_EXECUTABLE="$1" -DPython_EXECUTABLE="$1"
   cmake --build build/cuda
+  PYTHONPATH=build/cuda:. "$1" -c 'from attribution import cuda_library; library = cuda_library.load_library()
+print(library.path, "Hopper:", library.has_hopper, "devices:", library.devices(), library.failure())'
 }
-export -f build
-python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(0))' || exit 1
-step 170 cuda_build.log bash -c build || exit 1
-export PYTHONPATH=$PWD/build/cuda:$PWD PYTHONDONTWRITEBYTECODE=1
+export -f machine build
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-pytest=(python3 -m pytest -q -p no:cacheprovider)
+step machine 60 bash -c 'machine "$1"' - "$python" || true
+step build 180 bash -c 'build "$1"' - "$python" || true
+gather cuda_build.log machine build
+export PYTHONPATH=$PWD/build/cuda:$PWD
+
+# A kernel that waits for ever is found here, and only here.
+step short_generic 45 env ATTRIBUTION_CUDA_KERNEL=generic "$python" -m benchmarks.cuda_short || true
+kernel=hopper
+step short_hopper 45 env ATTRIBUTION_CUDA_KERNEL=hopper "$python" -m benchmarks.cuda_short || kernel=generic
+gather cuda_short.log short_generic short_hopper
+
+TAIL=45 step benchmark $(($(left) - 190)) env ATTRIBUTION_CUDA_KERNEL=$kernel OUT="$results" \
+  "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - 205)) || true
+gather cuda_benchmark.log benchmark
+
+# None of these minds the others' company.
+pytest=("$python" -m pytest -q -p no:cacheprovider)
 # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
-python3 -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
-tests=(tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py)
-TAIL=30 step 150 cuda_tests.log "${pytest[@]}" "${tests[@]}" -k "gpu or device" --durations=8
-
-if command -v compute-sanitizer >/dev/null; then
-  : >"$results/cuda_sanitizers.log"
-  for tool in memcheck racecheck initcheck synccheck; do
-    # PyTorch's caching allocator would hide what lies between tensors.
-    TAIL=4 PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 40 "cuda_$tool.log" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --kernel-regex kns=attribution python3 -m benchmarks.cuda_short
-  done
-  cat "$results"/cuda_{memcheck,racecheck,initcheck,synccheck}.log >"$results/cuda_sanitizers.log"
-  rm -f "$results"/cuda_{memcheck,racecheck,initcheck,synccheck}.log
-else
-  echo "no compute-sanitizer here"
-fi
-
-left=$((570 - (SECONDS - begin)))
-OUT=$results TAIL=60 step "$left" cuda_benchmark.log python3 -u -m benchmarks.similarity_cuda --seconds $((left - 40))
+"$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
+until_end=$(($(left) - 10))
+TAIL=30 step tests "$until_end" env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" tests/test_similarity_cuda.py \
+  tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 &
+for tool in memcheck racecheck initcheck synccheck; do
+  # PyTorch's caching allocator would hide what lies between tensors.
+  TAIL=4 step "$tool" "$until_end" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    --error-exitcode 1 --kernel-regex kns=attribution "$python" -m benchmarks.cuda_short &
+done
+wait
+gather cuda_tests.log tests
+gather cuda_sanitizers.log memcheck racecheck initcheck synccheck
+summarize
 echo "all in $((SECONDS - begin)) s; results in $results"
-exit $failed
+cat "$results/summary.json"
+! grep -qE '"status": [1-9]' "$results/summary.json"

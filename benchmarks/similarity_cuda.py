@@ -14,14 +14,16 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attribution import cuda_call, similarity_cuda
+from attribution import cuda_call, cuda_library, similarity_cuda
 from benchmarks.similarity_cuda_peers import peers
 
 INV_TAU, B = 100.0, -0.04  # some tens to hundreds of rows of 10 million random ones have weight
@@ -37,28 +39,30 @@ def unit_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
     return made
 
 
-def median_ms(run: Callable[[], Any], attempts: int) -> float:
-    """The median time of a warm call, by CUDA events."""
+def median_ms(run: Callable[[], Any], most_seconds: float = float("inf")) -> dict[str, Any]:
+    """The median time of a warm call, by CUDA events; of 20, or of 5 and more where they take too long."""
     for _ in range(2):
         run()
-    times = []
-    for _ in range(attempts):
+    torch.cuda.synchronize()
+    times: list[float] = []
+    start = time.monotonic()
+    while len(times) < 20 and (len(times) < 5 or time.monotonic() - start < most_seconds):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return {"ms": statistics.median(times), "least_ms": min(times), "calls": len(times)}
 
 
 def ceilings() -> dict[str, float]:
     """What this device does at best: bytes per second of a copy, read and written; FLOP/s of cuBLAS."""
     here = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
     there = torch.empty_like(here)
-    copy_ms = median_ms(functools.partial(there.copy_, here), 20)
+    copy_ms = median_ms(functools.partial(there.copy_, here))["ms"]
     square = torch.randn((8192, 8192), device="cuda").bfloat16()
-    matmul_ms = median_ms(lambda: square @ square, 20)
+    matmul_ms = median_ms(lambda: square @ square)["ms"]
     return {
         "copy_bytes_per_s": 2 * (4 << 30) / copy_ms * 1e3,
         "bf16_flop_per_s": 2 * 8192**3 / matmul_ms * 1e3,
@@ -70,63 +74,81 @@ def in_batches(queries: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> Cal
     return lambda: [run(queries[first : first + size]) for first in range(0, len(queries), size)]
 
 
-def measure_case(
-    gallery: torch.Tensor, queries: torch.Tensor, k: int, limits: dict[str, float], deadline: float
-) -> list[dict[str, Any]]:
-    place = similarity_cuda.Gallery(gallery)
+@dataclass
+class Case:
+    """So many queries and neighbours, what a device could do at best, and what was measured."""
 
-    def enqueue(some: torch.Tensor) -> similarity_cuda.Enqueued:
-        return similarity_cuda.enqueue(some, place, k=k, inv_tau=INV_TAU, b=B)
+    gallery: torch.Tensor
+    queries: torch.Tensor
+    k: int
+    limits: dict[str, float]
+    ids: torch.Tensor | None = None  # as we find them
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
-    methods: dict[str, Callable[[], Any]] = {"ours": in_batches(queries, enqueue)}
-    graph, found = torch.cuda.CUDAGraph(), in_batches(queries, enqueue)
-    found()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    answers = found()
-    peak = torch.cuda.max_memory_allocated() - before
-    unsettled = int(sum((~answer.settled()).sum() for answer in answers))
-    ids = torch.cat([answer.ids for answer in answers])
-    with torch.cuda.graph(graph):
-        held = found()
-    methods["ours, as a graph"] = graph.replay
-    methods["ours, from and to numpy"] = lambda: similarity_cuda.attribute(
-        queries, place, k=k, inv_tau=INV_TAU, b=B
-    )
-    rows, dim = gallery.shape
-    memory_ms = gallery.numel() * gallery.element_size() / limits["copy_bytes_per_s"] * 1e3
-    arithmetic_ms = 2 * rows * dim * len(queries) / limits["bf16_flop_per_s"] * 1e3
-    floor_ms = max(memory_ms, arithmetic_ms)
-    measured = []
-    for name, run in (methods | peers(gallery, queries, k, INV_TAU, B)).items():
-        row: dict[str, Any] = {"method": name, "rows": rows, "dim": dim, "queries": len(queries), "k": k}
-        if time.monotonic() > deadline:
-            print(f"  {name:28s} left out: the time is up", flush=True)
-            continue
-        try:
-            row["agreement"] = agreement(ids, run(), name)
-            row["ms"] = median_ms(run, 20)
-        except Exception as error:  # a peer that cannot run here is a result too
-            row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        else:
-            row |= {"floor_ms": floor_ms, "fraction_of_floor": floor_ms / row["ms"]}
-        if name.startswith("ours"):
-            row |= {"unsettled_queries": unsettled, "peak_bytes": peak}
-        measured.append(row)
-        outcome = (
-            f"{row['ms']:9.3f} ms ({row['fraction_of_floor']:.2f} of the floor)"
-            if "ms" in row
-            else row["failure"]
+    def measure(
+        self, methods: dict[str, Callable[[], Any]], deadline: float, most_seconds: float, **more: Any
+    ) -> None:
+        rows, dim = self.gallery.shape
+        shape = {"rows": rows, "dim": dim, "queries": len(self.queries), "k": self.k}
+        print(f"{rows} x {dim}, {len(self.queries)} queries, k = {self.k}", flush=True)
+        memory_ms = self.gallery.numel() * 2 / self.limits["copy_bytes_per_s"] * 1e3
+        arithmetic_ms = 2 * rows * dim * len(self.queries) / self.limits["bf16_flop_per_s"] * 1e3
+        floor_ms = max(memory_ms, arithmetic_ms)
+        for name, run in methods.items():
+            if time.monotonic() > deadline:
+                print(f"  {name:28s} left out: the time is up", flush=True)
+                continue
+            row: dict[str, Any] = {"method": name, **shape, **more, "floor_ms": floor_ms}
+            try:
+                row["agreement"] = agreement(self.ids, run(), name)
+                row |= median_ms(run, most_seconds)
+                row["fraction_of_floor"] = floor_ms / row["ms"]
+                outcome = f"{row['ms']:9.3f} ms ({row['fraction_of_floor']:.2f} of the floor)"
+            except Exception as error:  # a peer that cannot run here is a result too
+                row["failure"] = outcome = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            self.rows.append(row)
+            print(f"  {name:28s} {outcome}", flush=True)
+
+    def measure_ours(self, deadline: float) -> None:
+        place = similarity_cuda.Gallery(self.gallery)
+        settings: dict[str, Any] = {"k": self.k, "inv_tau": INV_TAU, "b": B}
+        found = in_batches(self.queries, lambda some: similarity_cuda.enqueue(some, place, **settings))
+        found()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        answers = found()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        outputs = sum(
+            tensor.numel() * tensor.element_size()
+            for answer in answers
+            for tensor in vars(answer).values()
+            if isinstance(tensor, torch.Tensor)
         )
-        print(f"  {name:28s} {outcome}", flush=True)
-    del held
-    return measured
+        unsettled = int(sum((~answer.settled()).sum() for answer in answers))
+        self.ids = torch.cat([answer.ids for answer in answers])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = found()
+        methods: dict[str, Callable[[], Any]] = {
+            "ours": found,
+            "ours, as a graph": graph.replay,
+            "ours, from and to numpy": lambda: similarity_cuda.attribute(self.queries, place, **settings),
+        }
+        self.measure(
+            methods, deadline, float("inf"),
+            kernel=cuda_library.kernel_allowed(), unsettled_queries=unsettled, peak_bytes=peak - outputs,
+        )  # fmt: skip
+        del held
+
+    def measure_peers(self, deadline: float) -> None:
+        self.measure(peers(self.gallery, self.queries, self.k, INV_TAU, B), deadline, 10)
 
 
-def agreement(ids: torch.Tensor, found: Any, name: str) -> float | None:
+def agreement(ids: torch.Tensor | None, found: Any, name: str) -> float | None:
     """The share of our neighbours that a method finds as well; None for those that return no ids as such."""
-    if not isinstance(found, tuple) or not isinstance(found[0], torch.Tensor):
+    if ids is None or not isinstance(found, tuple) or not isinstance(found[0], torch.Tensor):
         return None
     theirs = found[0]
     some = range(0, len(ids), max(1, len(ids) // 16))
@@ -155,18 +177,28 @@ def main() -> None:
             "memory_bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size,
             "torch": torch.__version__, "cuda": torch.version.cuda, "system": platform.system(),
         },
-        "inv_tau": INV_TAU, "b": B, "ceilings": ceilings(), "cases": [],
+        "inv_tau": INV_TAU, "b": B, "ceilings": ceilings(), "cases": [], "failures": [],
     }  # fmt: skip
     print(json.dumps(result["machine"] | result["ceilings"], indent=1), flush=True)
     torch.cuda.empty_cache()
     gallery = unit_rows(options.rows, options.dim, 0)
     queries = unit_rows(max(options.queries), options.dim, 1).float()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for k in options.k:
-        for count in options.queries:
-            print(f"{options.rows} x {options.dim}, {count} queries, k = {k}", flush=True)
-            result["cases"] += measure_case(gallery, queries[:count], k, result["ceilings"], deadline)
+    cases = [
+        Case(gallery, queries[:count], k, result["ceilings"]) for k in options.k for count in options.queries
+    ]
+    # Ours first: the time may not suffice for all of the others.
+    for measure in (Case.measure_ours, Case.measure_peers):
+        for case in cases:
+            try:
+                measure(case, deadline)
+            except Exception as error:
+                print(f"  {type(error).__name__}: {error}", flush=True)
+                result["failures"].append(f"{len(case.queries)} queries, k = {case.k}: {error}")
+            result["cases"] = [row for some in cases for row in some.rows]
             options.output.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    if result["failures"] or any("failure" in row for row in result["cases"] if "kernel" in row):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def compile_emulated(csrc: Path) -> Path:
     subprocess.run(
         [
             compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-            "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
+            "-Wno-psabi", "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
             '-DATTRIBUTION_CUDA_SOURCES_SHA256="emulated"',
             "-x", "c++", *sorted(str(source) for source in (csrc / "cuda").glob("*.cu")),
             "-o", str(path),
