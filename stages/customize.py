@@ -232,8 +232,10 @@ class Customizer:
 
     def is_done(self, concept_id: str) -> bool:
         """Whether its customized model is there and made from what it would be made from now."""
-        record = self.folder(concept_id) / RECORD
-        return record.is_file() and read_json(record)["key"] == self.keys[concept_id]
+        try:
+            return read_json(self.folder(concept_id) / RECORD)["key"] == self.keys[concept_id]
+        except (FileNotFoundError, ValueError):  # not there, or damaged
+            return False
 
     def draw_prior(self, concept: Concept) -> str | None:
         """Makes sure that the base's own images for this concept's noun are there, or says why not."""

@@ -52,13 +52,24 @@ class Summary:
 
     @contextlib.contextmanager
     def counting(self, wanted: Iterable[str], is_done: Callable[[str], bool]) -> Iterator[None]:
-        """A full disk or a dead process ends the block and not the count: each item wanted has its place."""
+        """A full disk or a dead process ends the block and not the count: each item wanted has its place.
+
+        Any other error is raised, with the counts.
+        """
         try:
             yield
         except (DiskFullError, BrokenExecutor) as error:
             self.stopped = one_line(error)
+            self._settle(wanted, is_done)
+        except BaseException as error:
+            self._settle(wanted, is_done)
+            error.add_note(str(self))
+            raise
+
+    def _settle(self, wanted: Iterable[str], is_done: Callable[[str], bool]) -> None:
+        known = {*self.failed, *self.done}
         for item in wanted:
-            if item not in self.failed and item not in self.done:
+            if item not in known:
                 # Whatever stopped the run, other processes may have finished theirs.
                 (self.done if is_done(item) else self.skipped).append(item)
 
@@ -83,17 +94,18 @@ def concerns_one(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """No other run is in such a block for `folder`, which is made; a process that ends, however, leaves it.
+def alone_in(folder: Path, *, to_read: bool = False) -> Iterator[None]:
+    """No other run works in `folder` meanwhile, but that those which only read it may read it together.
 
-    Raises StageError if one is. A file system without locks keeps nobody out.
+    The folder is made. A process that ends, however it ends, is in it no more. Raises StageError if another
+    run is. A file system without locks keeps nobody out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if to_read else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 say = f"{folder}: another run is at work there; wait for it to end, or end it"
                 raise StageError(say) from None

@@ -130,7 +130,7 @@ def run(
     wanted = read_concepts(exemplars, fresh=fresh)
     words = read_prompts(prompts)
     requests = {concept.concept_id: choose(params, concept, words) for concept in wanted}
-    with alone_in(customized), alone_in(synthesized):
+    with alone_in(customized, to_read=True), alone_in(synthesized):
         keys, without = _keys(params, base, customized, requests)
         synthesizer = Synthesizer(params, base, keys, requests, customized, synthesized)
         pruned = prune(synthesized, [f"{concept_id}.parquet" for concept_id in requests])
@@ -183,10 +183,11 @@ class Synthesizer:
 
     def is_done(self, concept_id: str) -> bool:
         """Whether its images are there and drawn with the model that is there now."""
-        path = self.table(concept_id)
-        if not path.is_file():
+        try:
+            metadata = pq.read_schema(self.table(concept_id)).metadata or {}
+        except (FileNotFoundError, pa.ArrowInvalid):  # not there, or damaged
             return False
-        return (pq.read_schema(path).metadata or {}).get(KEY) == self.keys[concept_id].encode()
+        return metadata.get(KEY) == self.keys[concept_id].encode()
 
     def draw(self, group: Sequence[str]) -> Summary:
         """Draws a group of concepts in common batches that fit in memory and writes the table of each."""

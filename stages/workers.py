@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,12 +138,14 @@ def is_worker() -> bool:
 
 
 def base_pipeline(base: BaseSettings) -> Pipeline:
-    """The base, loaded once in each process, and again when the contents of its folder have changed."""
-    return _load(base, base.key())
+    """The base, loaded once in each process, and again when its folder has changed."""
+    # Not by content: reading gigabytes for each batch would cost more than some batches.
+    states = [(path, path.stat()) for path in sorted(Path(base.model).rglob("*"))]
+    return _load(base, tuple((str(path), state.st_size, state.st_mtime_ns) for path, state in states))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(base: BaseSettings, key: str) -> Pipeline:
+def _load(base: BaseSettings, state: tuple[tuple[str, int, int], ...]) -> Pipeline:
     return load_base(base)
 
 

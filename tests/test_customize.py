@@ -207,6 +207,12 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
 
 
+def test_what_is_damaged_is_made_again(stage: Callable, tmp_path: Path) -> None:
+    stage(CONCEPTS)
+    (tmp_path / "customized" / "o2" / RECORD).write_bytes(b"")
+    assert stage(CONCEPTS).done == ["o2"]
+
+
 def test_workers_change_rounding_only(stage: Callable, tmp_path: Path) -> None:
     stage(CONCEPTS)
     alone = {name: load_file(tmp_path / "customized" / name / WEIGHTS_FILE) for name in CONCEPTS}

@@ -69,9 +69,11 @@ def test_what_stops_a_run_is_said_and_what_was_not_come_to_is_counted(error: Exc
     ]
 
 
-def test_any_other_error_is_raised() -> None:
-    with pytest.raises(KeyError), Summary("customize").counting("ab", is_done=bool):
+def test_any_other_error_is_raised_with_the_counts() -> None:
+    counted = Summary("customize").counting("ab", is_done="a".__contains__)
+    with pytest.raises(KeyError) as e, counted:
         raise KeyError("a bug")
+    assert e.value.__notes__ == ["customize: 1 done, 0 reused, 0 pruned, 0 failed, 1 skipped"]
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_left(tmp_path: Path) -> None:
@@ -79,8 +81,11 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_left(tmp_path: 
     refused = pytest.raises(StageError, match="customized: another run is at work there; wait for it to end")
     with alone_in(folder), alone_in(tmp_path / "data" / "synthesized"), refused, alone_in(folder):
         pass
-    with alone_in(folder):
-        assert list(folder.iterdir()) == []
+    with alone_in(folder, to_read=True), alone_in(folder, to_read=True), refused, alone_in(folder):
+        pass
+    with alone_in(folder), refused, alone_in(folder, to_read=True):
+        pass
+    assert list(folder.iterdir()) == []
 
 
 def test_room_is_asked_for_as_much_as_what_is_there_took(tmp_path: Path) -> None:

@@ -180,6 +180,12 @@ def test_what_changes_an_image_draws_it_again(
     assert len(synthesize_in(tmp_path, world, replace(PARAMS, **changes)).done) == done  # type: ignore[arg-type, attr-defined]
 
 
+def test_a_damaged_table_is_made_again(tmp_path: Path, world: SimpleNamespace) -> None:
+    synthesize_in(tmp_path, world)
+    (tmp_path / "o2.parquet").write_bytes(b"")
+    assert synthesize_in(tmp_path, world).done == ["o2"]  # type: ignore[attr-defined]
+
+
 def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
     with pytest.raises(
         StageError, match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro customize\n"

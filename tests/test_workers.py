@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,20 @@ def pid_or_error(number: int) -> int:
     return os.getpid()
 
 
+def end_suddenly(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_results_come_in_order_and_errors_reach_the_caller() -> None:
     with worker_map(2) as each:
         assert list(each(abs, [-3, 2, -1])) == [3, 2, 1]
         assert os.getpid() not in list(each(pid_or_error, [0, 1]))
         with pytest.raises(ValueError, match="two is refused"):
             list(each(pid_or_error, [1, 2]))
+        # As when the kernel, out of memory, picks this process to kill.
+        why = "one of the worker processes was killed, .*; run again to go on from there; workers: 1 and"
+        with pytest.raises(BrokenProcessPool, match=why):
+            list(each(end_suddenly, [0]))
 
 
 def test_one_worker_is_this_process() -> None:
