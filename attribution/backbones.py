@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from attribution.backbone_settings import NETS, BackboneSettings
-from attribution.features import LENGTH_ONE, Space
+from attribution.features import LENGTH_ONE, Space, length_one
 from attribution.files import atomic_path, read_json, write_json
 from attribution.memory import halving
 from attribution.nets import Net, build_open_clip, build_timm, load_torchscript
@@ -109,21 +109,11 @@ def _backbone(
     preprocessing: Preprocessing,
     forward: Callable[[np.ndarray], np.ndarray],
 ) -> Backbone:
-    if settings.normalized:
-        forward = _length_one(forward)
-    dim = forward(np.zeros((1, preprocessing.crop, preprocessing.crop, 3), np.uint8)).shape[1]
+    encode = (lambda pixels: length_one(forward(pixels))) if settings.normalized else forward
+    dim = encode(np.zeros((1, preprocessing.crop, preprocessing.crop, 3), np.uint8)).shape[1]
     said = str(preprocessing) + LENGTH_ONE * bool(settings.normalized)
     space = Space(name, revision, said, dim, settings.dtype)
-    return Backbone(space, preprocessing, settings.batch_size, forward)
-
-
-def _length_one(forward: Forward) -> Forward:
-    def normalized(pixels: np.ndarray) -> np.ndarray:
-        vectors = forward(pixels)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.where(lengths > 0, lengths, 1)
-
-    return normalized
+    return Backbone(space, preprocessing, settings.batch_size, encode)
 
 
 def _pixels(pixels: UInt8[np.ndarray, "images height width 3"]) -> Float[np.ndarray, "images dim"]:

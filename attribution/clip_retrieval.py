@@ -13,16 +13,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from attribution.backbone_settings import BackboneSettings
-from attribution.features import DTYPES, LENGTH_ONE, FeatureSet, Space
+from attribution.features import DTYPES, LENGTH_ONE, FeatureSet, Space, length_one
 from attribution.files import atomic_path, read_json, require_space, sha256_bytes, write_json
 
 # Columns of the metadata that name a picture, the first that is there.
 NAME_COLUMNS = ("image_path", "key", "url")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "alt")
-BLOCK = 65536  # rows checked at a time
+BLOCK = 8192  # rows checked at a time
+# The same picture, whoever decoded it and in whichever precision it was encoded.
+SAME_COSINE = 0.999
 # float16 keeps three digits.
 LENGTH_TOLERANCE = 5e-3
 # Other decoders, resizing and precisions cost hundredths; another model is nowhere near.
@@ -45,14 +47,18 @@ def link_features(
     *,
     name_column: str | None = None,
     ids: Literal["digest", "stem"] = "digest",
+    apart_from: Float[np.ndarray, "images dim"] | None = None,
 ) -> FeatureSet:
     """A feature set at `path`, in `space`, whose shards stay in `source`: ids and digests alone are written.
 
     Vectors are never copied, and read once, to be checked. An id is derived from the picture's name in
     `name_column` of the metadata (default: the first of image_path, key, url): the digest of the name, or its
-    stem (x of a/b/x.jpg). Raises FileNotFoundError or ValueError naming the file: no shard, a count, dim or
-    dtype that differs, lengths of 1 where the space has others or the reverse, a value not finite, a name
-    twice. Nothing in the files says which model made them: `check_model`, `least_cosine`.
+    stem (x of a/b/x.jpg). Rows of the pictures that `apart_from` holds vectors of are no rows of the set:
+    exemplars, say, which would compete with themselves.
+
+    Raises FileNotFoundError or ValueError naming the file: no shard, a count, dim or dtype that differs,
+    lengths of 1 where the space has others or the reverse, a value not finite, a name twice. Nothing in the
+    files says which model made them: `check_model`, `least_cosine`.
     """
     shards = find_shards(source)
     arrays = [_open(shard.vectors, space) for shard in shards]
@@ -65,12 +71,15 @@ def link_features(
         PurePosixPath(name).stem if ids == "stem" else sha256_bytes(name.encode())[:16] for name in sources
     ]
     _check_unique(source, image_ids, sources)
-    digests = [
-        _check_values(shard.vectors, array, space) for shard, array in zip(shards, arrays, strict=True)
+    others = np.empty((0, space.dim), np.float32) if apart_from is None else length_one(apart_from)
+    checked = [
+        _check_values(shard.vectors, array, space, others)
+        for shard, array in zip(shards, arrays, strict=True)
     ]
+    kept = np.concatenate([~same for _, same in checked])
     rows = pa.table(
         {"image_id": image_ids, "sha256": pa.nulls(len(image_ids), pa.string()), "source": sources}
-    )
+    ).filter(pa.array(kept))
     written = [
         {
             "file": _reference(shard.vectors, path),
@@ -78,13 +87,14 @@ def link_features(
             "rows": len(array),
             "bytes": shard.vectors.stat().st_size,
             "sha256": digest,
+            "without": np.flatnonzero(same).tolist(),
         }
-        for shard, array, digest in zip(shards, arrays, digests, strict=True)
+        for shard, array, (digest, same) in zip(shards, arrays, checked, strict=True)
     ]
     with atomic_path(path) as partial:
         partial.mkdir()
         pq.write_table(rows, partial / "rows.parquet", compression="zstd")
-        record = {**dataclasses.asdict(space), "rows": len(image_ids), "finite": True, "shards": written}
+        record = {**dataclasses.asdict(space), "rows": len(rows), "finite": True, "shards": written}
         write_json(partial / "space.json", record)
     return FeatureSet.open(path)
 
@@ -143,9 +153,7 @@ def least_cosine(
 
     Raises ValueError where it is too small for them to be by the same model.
     """
-    ready = features.select(image_ids)
-    lengths = np.linalg.norm(ready, axis=1) * np.linalg.norm(encoded, axis=1)
-    cosines = (ready * encoded).sum(axis=1) / np.where(lengths > 0, lengths, 1)
+    cosines = (length_one(features.select(image_ids)) * length_one(encoded)).sum(axis=1)
     worst = int(cosines.argmin())
     if cosines[worst] < LEAST_COSINE:
         picture = describe(features, [image_ids[worst]])[image_ids[worst]]["caption"]
@@ -157,16 +165,17 @@ def least_cosine(
 def describe(features: FeatureSet, image_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Id to what the metadata say of those of the images whose vectors came ready made: {"caption": text}."""
     shards = read_json(features.path / "space.json")["shards"]
-    starts = np.cumsum([0, *(shard["rows"] for shard in shards)])
+    kept = [np.delete(np.arange(shard["rows"]), shard.get("without", [])) for shard in shards]
+    starts = np.cumsum([0, *map(len, kept)])
     asked = np.flatnonzero(np.isin(features.image_ids, np.array(image_ids, dtype=np.str_)))
     found = {}
-    for shard, start, end in zip(shards, starts, starts[1:], strict=False):
+    for shard, own, start, end in zip(shards, kept, starts, starts[1:], strict=False):
         here = asked[(asked >= start) & (asked < end)]
         if len(here) and "metadata" in shard:
             file = features.path / shard["metadata"]
             present = pq.read_schema(file).names
             columns = [name for name in (*CAPTION_COLUMNS, *reversed(NAME_COLUMNS)) if name in present]
-            rows = pq.read_table(file, columns=columns).take(here - start).to_pylist()
+            rows = pq.read_table(file, columns=columns).take(own[here - start]).to_pylist()
             for row, values in zip(here.tolist(), rows, strict=True):
                 said = dict.fromkeys(str(values[name]) for name in columns if values[name])
                 found[str(features.image_ids[row])] = {"caption": " ".join(" ".join(said).split())}
@@ -230,8 +239,14 @@ def _check_unique(source: Path, image_ids: Sequence[str], names: Sequence[str]) 
             seen[image_id] = name
 
 
-def _check_values(file: Path, array: np.memmap, space: Space) -> str:
-    """The file's sha256. Raises ValueError for a value not finite, or a length the space does not have."""
+def _check_values(
+    file: Path, array: np.memmap, space: Space, others: np.ndarray
+) -> tuple[str, Bool[np.ndarray, " rows"]]:
+    """The file's sha256, and which rows are of the same pictures as `others`, vectors of length 1.
+
+    Raises ValueError for a value not finite, and for a length that the space does not have.
+    """
+    same = np.zeros(len(array), dtype=bool)
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         digest.update(stream.read(array.offset))
@@ -240,10 +255,13 @@ def _check_values(file: Path, array: np.memmap, space: Space) -> str:
     for first in range(0, len(array), BLOCK):
         block = np.asarray(array[first : first + BLOCK])
         digest.update(block.data)
-        lengths = np.linalg.norm(block.astype(np.float32, copy=False), axis=1)
+        values = block.astype(np.float32, copy=False)
+        lengths = np.linalg.norm(values, axis=1)
         if not np.isfinite(lengths).all():
             row = first + int(np.flatnonzero(~np.isfinite(lengths))[0])
             raise ValueError(f"{file}: row {row} has a value that is not a finite number")
+        if len(others):
+            same[first : first + BLOCK] = (values @ others.T).max(axis=1) > SAME_COSINE * lengths
         is_one = np.abs(lengths - 1) < LENGTH_TOLERANCE
         all_one = all_one and bool(is_one.all())
         if wants_one and not all_one:
@@ -253,7 +271,7 @@ def _check_values(file: Path, array: np.memmap, space: Space) -> str:
     if all_one and not wants_one:
         said = f"all lengths are 1, as clip-retrieval makes them, but {space.backbone}'s are as they come"
         raise ValueError(f"{file}: {said}; do: normalized: true {do}")
-    return digest.hexdigest()
+    return digest.hexdigest(), same
 
 
 def _reference(file: Path, path: Path) -> str:

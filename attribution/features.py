@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,12 @@ class Space:
             raise ValueError(f"space of {self.backbone}: dtype {self.dtype}, wanted {' or '.join(DTYPES)}")
         if self.dim < 1:
             raise ValueError(f"space of {self.backbone}: dim {self.dim}, wanted 1 or more")
+
+
+def length_one(vectors: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
+    """The rows brought to length 1; a row of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1)
 
 
 def check_same_space(where: Path | str, wanted: Space, got: Space) -> None:
@@ -95,7 +102,13 @@ class FeatureSet:
             raise ValueError(f"{path}: wanted features of {backbone}, got those of {space.backbone}; {do}")
         if finite is not True:
             raise ValueError(f"{path}: values that are not finite numbers; {do}")
-        shards = tuple(_open_shard(path / shard["file"], shard, space, verify, do) for shard in written)
+        shards = tuple(
+            piece
+            for shard in written
+            for piece in _without(
+                _open_shard(path / shard["file"], shard, space, verify, do), shard.get("without", [])
+            )
+        )
         image_ids = pq.read_table(path / "rows.parquet", columns=["image_id"])["image_id"].to_pylist()
         vectors = sum(len(shard) for shard in shards)
         if not len(image_ids) == vectors == count:
@@ -284,6 +297,12 @@ def _open_shard(file: Path, written: dict[str, Any], space: Space, verify: bool,
     if verify and not np.isfinite(shard).all():
         raise ValueError(f"{file}: values that are not finite numbers; {do}")
     return shard
+
+
+def _without(shard: np.memmap, rows: Sequence[int]) -> list[Any]:
+    """The shard as it lies on disk, in pieces between the rows that are not of the set."""
+    bounds = itertools.pairwise([-1, *rows, len(shard)])
+    return [shard[before + 1 : after] for before, after in bounds if after > before + 1]
 
 
 def _regroup(batches: Iterable[np.ndarray], rows: int) -> Iterable[np.ndarray]:

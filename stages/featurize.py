@@ -11,7 +11,7 @@ takes as much disk as the features at most, and may be deleted at any time. Whet
 the disk is asked before anything is computed.
 
 Where a backbone has `ready_distractors`, these vectors are its distractors, opened where they lie
-(attribution.clip_retrieval); they are read once, to be checked: about a second a gigabyte.
+(attribution.clip_retrieval); they are read once, to be checked: some four seconds a gigabyte.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from attribution import backbone_settings, backbones, images, nets, preprocessin
 from attribution.backbone_settings import ReadyFeatures
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.clip_retrieval import check_model, least_cosine, link_features, pictures_of
-from attribution.features import assemble_feature_set, write_shard
-from attribution.files import atomic_path, content_key, require_space, sha256_bytes
+from attribution.features import FeatureSet, assemble_feature_set, write_shard
+from attribution.files import atomic_path, content_key, read_json, require_space, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
 from attribution.preprocessing import Preprocessing
@@ -152,7 +152,7 @@ def run(
     loaded = load_backbone(backbone, settings, root=root)
     ready, said = settings.ready_distractors, ""
     if ready is not None:
-        said = "; " + link_ready(ready, loaded, settings, root, features / backbone / "distractors")
+        check_model(backbone, settings, ready.model)
     started = time.perf_counter()  # what follows grows with the images; loading does not
     workers = params.workers or len(os.sched_getaffinity(0))
     store = ShardStore(shards / backbone, loaded, workers)
@@ -176,7 +176,12 @@ def run(
                 files.append(store.shard_of(batch, progress.update))
                 ids += [image.image_id for image in batch]
                 digests += [image.sha256 for image in batch]
-            assemble_feature_set(features / backbone / name, loaded.space, ids, files, image_sha256=digests)
+            made = assemble_feature_set(
+                features / backbone / name, loaded.space, ids, files, image_sha256=digests
+            )
+            if ready is not None and name == "exemplars":
+                # Early, for what is refused is refused here.
+                said = "; " + link_ready(ready, loaded, made, root, features / backbone / "distractors")
     store.prune()
     elapsed_s = time.perf_counter() - started
     return (
@@ -186,17 +191,19 @@ def run(
 
 
 def link_ready(
-    ready: ReadyFeatures, backbone: Backbone, settings: BackboneSettings, root: Path, path: Path
+    ready: ReadyFeatures, backbone: Backbone, exemplars: FeatureSet, root: Path, path: Path
 ) -> str:
-    """Makes the feature set at `path` of ready features, and returns what is known of them.
+    """Makes the feature set at `path` of the ready features but those of exemplars; returns what is known.
 
-    Raises ValueError where the model, the dim, the dtype, the lengths or the pictures are not the backbone's.
+    Raises ValueError where the dim, the dtype, the lengths or the pictures are not the backbone's.
     """
-    source = root / ready.folder
-    check_model(backbone.space.backbone, settings, ready.model)
+    source, space = root / ready.folder, backbone.space
     with atomic_path(path) as partial:
-        linked = link_features(source, partial, backbone.space, name_column=ready.name_column)
-        said = f"{len(linked):,} distractors ready made in {source}, "
+        linked = link_features(
+            source, partial, space, name_column=ready.name_column, apart_from=exemplars.vectors()
+        )
+        left_out = sum(len(shard["without"]) for shard in read_json(partial / "space.json")["shards"])
+        said = f"{len(linked):,} distractors ready made in {source}, {left_out:,} left out as exemplars, "
         pictures = pictures_of(linked, source, COMPARED)
         if not pictures:
             return said + f"by {ready.model} as params.yaml says: none of their pictures is here"

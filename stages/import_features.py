@@ -3,7 +3,7 @@
 In:   a folder with img_emb_*.npy and metadata_*.parquet, also one below in img_emb/ and metadata/; the row of
       the backbone in params.yaml that made them, and what clip-retrieval was told to make them with.
 Out:  data/features/<backbone>/<set>: ids, digests and references; the vectors are not copied and must stay.
-Cost: the features are read once: about a second a gigabyte.
+Cost: the features are read once: some four seconds a gigabyte.
 
     python -m stages.import_features clip exemplars data/own/features --model ViT-B/32 --ids stem
 

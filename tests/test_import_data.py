@@ -21,6 +21,8 @@ import yaml
 from PIL import Image
 
 from attribution import intake
+from attribution.backbone_settings import BackboneSettings
+from attribution.clip_retrieval import check_model
 from attribution.concepts import read_concepts
 from attribution.exemplar_table import Shares
 from attribution.files import DiskFullError
@@ -633,11 +635,11 @@ def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "import_data", ROOT / "params.yaml").splits.train == 0.5
 
 
-def test_the_guide_names_what_exists() -> None:
+def test_the_guide_names_what_exists(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "own_data.md").read_text()
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    block, ready = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     known = yaml.safe_load((ROOT / "params.yaml").read_text())
 
     def check(said: dict, known: dict, where: str) -> None:
@@ -647,4 +649,9 @@ def test_the_guide_names_what_exists() -> None:
                 check(value, known[name], f"{where}{name}.")
 
     check(yaml.safe_load(block), known, "")
+    file = tmp_path / "params.yaml"
+    file.write_text(ready)
+    row = load_params(BackboneSettings, "featurize.settings.clip", file)
+    assert row.ready_distractors is not None
+    check_model("clip", row, row.ready_distractors.model)
     assert {*re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE)} == {*get_args(intake.Reason)}

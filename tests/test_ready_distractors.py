@@ -85,19 +85,23 @@ def distractors() -> list[bytes]:
 
 
 def write_ready() -> None:
-    """As clip-retrieval does: of length 1, in float16, numbers with leading zeros."""
+    """As clip-retrieval does: of length 1, in float16, numbered with leading zeros. Exemplars among them."""
     backbone = load_backbone(
         "pixels", load_params(BackboneSettings, "featurize.settings.pixels"), root=Path()
     )
-    vectors = backbone.encode([decode_image(one) for one in distractors()]).astype(np.float16)
+    names = [f"{row:09}" for row in range(CAPTIONS)]
+    own = pq.read_table("data/world/exemplars.parquet")["image"].to_pylist()
+    names = ["own0", *names[:60], "own1", "own2", *names[60:], "own3"]
+    encoded = [own[0], *distractors()[:60], own[1], own[2], *distractors()[60:], own[3]]
+    vectors = backbone.encode([decode_image(one) for one in encoded]).astype(np.float16)
     for name in ("img_emb", "metadata"):
         (Path(FOLDER) / name).mkdir(parents=True)
     for number, rows in enumerate(np.array_split(np.arange(len(vectors)), 3)):
         np.save(f"{FOLDER}/img_emb/img_emb_{number:02}.npy", vectors[rows])
         columns = {
-            "image_path": [f"{row:09}" for row in rows],
-            "caption": [f"caption {row}" for row in rows],
-            "url": [f"https://example.org/{row}.jpg" for row in rows],
+            "image_path": [names[row] for row in rows],
+            "caption": [f"caption of {names[row]}" for row in rows],
+            "url": [f"https://example.org/{names[row]}.jpg" for row in rows],
         }
         pq.write_table(pa.table(columns), f"{FOLDER}/metadata/metadata_{number:02}.parquet")
 
@@ -112,19 +116,20 @@ def test_the_whole_road_gives_what_pictures_would_have_given(
     before = {file: file.stat().st_mtime_ns for file in Path(FOLDER).rglob("*.*")}
     run_stages(monkeypatch)
     said = capsys.readouterr().out
-    assert f"150 distractors ready made in {FOLDER}, by pixels as params.yaml says" in said
+    counts = f"150 distractors ready made in {FOLDER}, 4 left out as exemplars"
+    assert f"{counts}, by pixels as params.yaml says: none of their pictures is here" in said
     found = FeatureSet.open("data/features/pixels/distractors", backbone="pixels", verify=True)
-    assert [Path(str(shard.filename)).resolve() for shard in found.shards] == [
-        world / FOLDER / "img_emb" / f"img_emb_{number:02}.npy" for number in range(3)
-    ]
+    assert all(isinstance(shard, np.memmap) for shard in found.shards)
+    files = [Path(str(shard.filename)).resolve() for shard in found.shards]
+    assert files == [world / FOLDER / "img_emb" / f"img_emb_{number:02}.npy" for number in (0, 1, 1, 2)]
     assert not list(Path("data/features/pixels/distractors").glob("*.npy"))
     assert {file: file.stat().st_mtime_ns for file in Path(FOLDER).rglob("*.*")} == before
     with_ready = metrics()
 
     Path("sample.png").write_bytes(distractors()[77])
     assert attribute(["sample.png", "--backbone", "pixels"]) == 0
-    assert "caption 77 https://example.org/77.jpg" in capsys.readouterr().out
-    assert "caption 77 https" in Path("attribution.html").read_text()
+    assert "caption of 000000077 https://example.org/000000077.jpg" in capsys.readouterr().out
+    assert "caption of 000000077 https" in Path("attribution.html").read_text()
 
     write_pictures([f"d{row}" for row in range(CAPTIONS)], distractors())
     write_params(settings(ready_distractors=None))
@@ -141,7 +146,9 @@ def test_pictures_that_are_here_prove_the_model_or_refuse_it(
     assert "2 of them encoded again: cosines of 1.0000 and more" in capsys.readouterr().out
     shutil.rmtree("data/features/pixels")
     Path(f"{FOLDER}/000000000").write_bytes(distractors()[1])
-    with pytest.raises(ValueError, match=r"data/own/laion: caption 0 .*: cosine \S+ with what pixels makes"):
+    with pytest.raises(
+        ValueError, match=r"data/own/laion: caption of 000000000 .*: cosine \S+ with what pixels makes"
+    ):
         run_stages(monkeypatch, featurize)
     assert not Path("data/features/pixels/distractors").exists()
 
@@ -151,7 +158,7 @@ def test_pictures_that_are_here_prove_the_model_or_refuse_it(
     [
         ({"normalized": None}, "lengths are 1, .* but pixels's are as they come; do: normalized: true"),
         ({"dtype": "float32"}, "img_emb_00.npy: float16, but pixels is stored in float32"),
-        ({"image_size": 8}, r"wanted \[rows, 192\] of float32 or float16 for pixels, got \[50, 48\]"),
+        ({"image_size": 8}, r"wanted \[rows, 192\] of float32 or float16 for pixels, got \[52, 48\]"),
         ({"ready_distractors": {"folder": FOLDER, "model": "ViT-B/32"}}, "made by pixels, got ViT-B/32"),
         ({"ready_distractors": {"folder": "no", "model": "pixels"}}, "no: no img_emb_"),
         ({"ready_distractors": None}, r"data/world/distractors: no distractors; name ready_distractors in"),
@@ -163,7 +170,8 @@ def test_another_space_is_refused_by_name(
     write_params(settings(**changes))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_stages(monkeypatch, featurize)
-    assert not list(Path("data").glob("features/pixels/*"))
+    assert not Path("data/features/pixels/distractors").exists()
+    assert not list(Path("data").rglob(".partial-*"))
 
 
 def test_a_folder_that_changed_or_went_is_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
