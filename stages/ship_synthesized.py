@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,20 +35,25 @@ def run(
     work: Path,
     shipped: Path,
 ) -> list[Summary]:
-    """`shipped` holds the images of every concept that is not fresh, and says what they were made from."""
+    """`shipped` holds the images of every concept that is not fresh, and says what they were made from.
+
+    Raises StageError for what failed in either stage, after all else is done; `shipped` is then as it was.
+    """
     customized, synthesized = work / "customized", work / "synthesized"
-    summaries = [
-        customize.run(customize_params, base, exemplars=exemplars, customized=customized, fresh=False),
-        synthesize.run(
-            synthesize_params,
-            base,
-            exemplars=exemplars,
-            customized=customized,
-            prompts=prompts,
-            synthesized=synthesized,
-            fresh=False,
+    stages = (
+        partial(customize.run, customize_params, customized=customized),
+        partial(
+            synthesize.run, synthesize_params, customized=customized, prompts=prompts, synthesized=synthesized
         ),
-    ]
+    )
+    summaries, failures = [], []
+    for stage in stages:
+        try:
+            summaries.append(stage(base=base, exemplars=exemplars, fresh=False))
+        except StageError as error:
+            failures.append(str(error))
+    if failures:
+        raise StageError("\n".join(failures))
     concepts = read_concepts(exemplars, fresh=False)
     parts = [read_image_table(synthesized / f"{concept.concept_id}.parquet") for concept in concepts]
     rows = pa.concat_tables(

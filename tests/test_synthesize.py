@@ -248,6 +248,21 @@ def shipped(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
     return SimpleNamespace(exemplars=exemplars, path=root / "synthesized.parquet")
 
 
+def test_what_cannot_be_shipped_is_named_when_the_rest_is_drawn(
+    tmp_path: Path, world: SimpleNamespace
+) -> None:
+    concepts = {"o1": [picture(1)], "o2": [b"no picture"]}
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", concepts, stale=("o1", "o2"))
+    options = {"prompts": world.prompts, "exemplars": exemplars, "work": tmp_path / "work"}
+    shipped = tmp_path / "synthesized.parquet"
+    with pytest.raises(
+        StageError, match=r"(?s)o2: o2-0: not an image.*synthesize: 1 done, .*o2: .*no such file"
+    ):
+        ship_synthesized.run(test_customize.PARAMS, PARAMS, world.base, shipped=shipped, **options)
+    assert (tmp_path / "work" / "synthesized" / "o1.parquet").is_file()
+    assert not shipped.exists()
+
+
 def test_queries_join_fresh_and_shipped(
     tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
 ) -> None:
