@@ -105,7 +105,7 @@ class _TextAttention:
 def text_attention(unet: nn.Module) -> Iterator[Callable[..., Tensor]]:
     """Inside, `predict(latents, timesteps, told)` runs the UNet; [samples, words, out] by layer.
 
-    A fourth argument are weights to run it with in place of its own, by name.
+    A fourth argument: weights to run it with in place of its own, by name.
     """
     layers = cross_attention(unet)
     given: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,7 +1,8 @@
 """DreamBooth (arXiv:2208.12242): each model is a whole UNet of its own.
 
-Models cannot share a batch: one after the other draws its samples. A stack holds every weight of every model,
-and while training their gradients and two moments each, in float32: 14 GB a model for Stable Diffusion 1.
+Models cannot share a batch: each is run for its own samples, one after the other. A stack holds every weight
+of every model, and while training their gradients and two moments each, in float32: 14 GB a model for Stable
+Diffusion 1, and 1.7 GB on the disk in half precision.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from attribution.cross_attention import Conditioning, Predict, base_projections, text_attention
 from attribution.customized_model import read_tensors, write_tensors
+from attribution.files import read_json, write_json
 from attribution.training_settings import TrainingSettings
 
 WEIGHTS = "unet"
@@ -69,6 +71,9 @@ def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]
 def write(folder: Path, weights: Mapping[str, Tensor], unet: Any, dtype: torch.dtype) -> None:
     """The folder that `UNet2DConditionModel.from_pretrained(folder / WEIGHTS)` reads."""
     unet.save_config(folder / WEIGHTS)
+    config = folder / WEIGHTS / "config.json"
+    # It says where the base lay, which is nobody's business and would make equal models differ.
+    write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
     write_tensors(folder / WEIGHTS / _FILE, weights, dtype)
 
 

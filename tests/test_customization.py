@@ -117,12 +117,15 @@ def test_a_model_survives_the_round_trip(pipe: StableDiffusionPipeline, tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equal_models_are_equal_bytes(pipe: StableDiffusionPipeline, tmp_path: Path, method: str) -> None:
+def test_equal_models_are_equal_bytes(
+    pipe: StableDiffusionPipeline, folder: Path, tmp_path: Path, method: str
+) -> None:
     stack = noisy_stack(pipe, 1, method)
     a, b = (write(tmp_path / name, stack[0], pipe) for name in "ab")
     names = [path.relative_to(a) for path in a.rglob("*") if path.is_file()]
     assert len(names) == {"textual_inversion": 2, "dreambooth": 4}.get(method, 3)
     assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    assert not any(str(folder).encode() in (a / name).read_bytes() for name in names)
 
 
 def test_a_file_saved_by_diffusers_is_read(
