@@ -25,8 +25,9 @@ inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7
 // A barrier in shared memory.
 struct Phases {
   uint16_t count, left;
-  int32_t bytes : 31;
+  int32_t bytes : 30;
   uint32_t phase : 1;
+  uint32_t seen : 1;  // somebody's wait has returned since the last phase ended
 };
 static_assert(sizeof(Phases) == 8, "");
 
@@ -43,21 +44,24 @@ inline Phases& phases_at(uint32_t address) {  // rank + 1 above bit 24, or 0: th
 
 inline void count_down(Phases& phases, int arrivals, int bytes) {
   if (arrivals > phases.left) emulated::fail("mbarrier: more arrivals than it counts");
+  if (arrivals > 0 && !phases.seen) emulated::fail("mbarrier: an arrival before anybody saw the last phase end");
   phases.left = uint16_t(phases.left - arrivals);
   phases.bytes = phases.bytes + bytes;
   if (std::abs(phases.bytes) >= 1 << 20) emulated::fail("mbarrier: more bytes than it counts");
   if (phases.left != 0 || phases.bytes != 0) return;
   phases.left = phases.count;
   phases.phase ^= 1;
+  phases.seen = 0;
   ++emulated::machine.progress;
 }
-inline void make_barrier(uint32_t address, uint32_t count) { phases_at(address) = Phases{uint16_t(count), uint16_t(count), 0, 0}; }
+inline void make_barrier(uint32_t address, uint32_t count) { phases_at(address) = Phases{uint16_t(count), uint16_t(count), 0, 0, 1}; }
 inline void publish_barriers() {}
 inline void arrive_expecting(uint32_t address, uint32_t bytes) { count_down(phases_at(address), 1, int(bytes)); }
 inline void arrive(uint32_t address) { count_down(phases_at(address), 1, 0); }
 inline void arrive_in_cluster(uint32_t address) { arrive(address); }
 inline void wait(uint32_t address, uint32_t parity) {
   while (phases_at(address).phase == parity) emulated::give_way();
+  phases_at(address).seen = 1;
 }
 inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine.cluster_barrier, emulated::machine.cluster_alive); }
 
