@@ -225,7 +225,7 @@ def main() -> None:
     costs = {}
     for method, place in places.items():
         params = replace(default, method=cast(Any, method))
-        costs[method] = cost(params, base, concepts[:4])
+        costs[method] = cost(params, base, concepts[:2])
         if method == default.method:
             take(place, concepts)
         else:
