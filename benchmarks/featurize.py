@@ -1,40 +1,54 @@
-"""Images a second of featurize, loader and net together, beside clip-retrieval's loop, on random weights.
+"""Images a second of featurize, loader and net together, beside clip-retrieval's, on random weights.
 
-    python -m benchmarks.featurize [--backbone clip] [--images 2048] [--side 384] [--workers 8] [--record]
+    python -m benchmarks.featurize [--backbone clip] [--images 2048] [--side 384] [--workers 8]
+                                   [--peer-python PATH] [--record]
 
 Pictures are JPEGs of random shapes, made beforehand, the same for both; the net is the full world's row of
-that name with random weights, which cost what trained ones do. Ours is the stage's own path: threads decode
-and resize, the net takes batches, shards are written. The peer is the loop that clip-retrieval documents for
-its inference: a PyTorch DataLoader whose worker processes apply the library's own transform, then
-encode_image, in half precision on a GPU, vectors to numpy. It is written out here, for clip-retrieval pins
-versions that this project does not have. Rounds take turns, the best of each counts. Prints a table and
-writes benchmarks/results/featurize.json; with --record, the rate also goes to the cost sheet
-(benchmarks.rates).
+that name with random weights, which cost what trained ones do. Ours is the stage's own path: a table is
+read, threads decode and resize, the net takes batches, shards are written.
+
+With --peer-python, the peer is clip-retrieval itself (benchmarks/featurize_peer.py), run by a Python that has
+it: it pins versions that this project does not have, and is no dependency of it. For one beside this
+project's packages, so that both run the same torch and open_clip, put their folder in a .pth file of a new
+environment and `pip install --no-deps` clip-retrieval and what its import asks for. Without, the peer is the
+shape of its loop, written out: a PyTorch DataLoader whose worker processes apply the library's own transform,
+then encode_image, vectors to numpy; that is not clip-retrieval.
+
+Rounds take turns, the best of each counts, and a round's processor seconds, which another job on the machine
+disturbs less. Prints a table and writes benchmarks/results/featurize.json; with --record, the rate also goes
+to the cost sheet (benchmarks.rates).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import json
 import os
+import resource
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
-from attribution.files import sha256_bytes, write_json
-from attribution.params import load_params
-from benchmarks.rates import Rate, record
-from stages.featurize import EncodedImage, ShardStore
+from attribution.files import write_json
+from attribution.images import decode_image, write_image_table
+from attribution.params import load_params, read_yaml
+from benchmarks.rates import Rate, machine, record
+from stages.featurize import ShardStore, grouped, read_encoded
 
 RESULTS = Path(__file__).parent / "results"
+PEER = Path(__file__).with_name("featurize_peer.py")
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -51,6 +65,12 @@ class Pictures(torch.utils.data.Dataset):
             return self.transform(image.convert("RGB"))
 
 
+def cpu_seconds() -> float:
+    """Of this process, all its threads, and the processes it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def make_pictures(count: int, side: int) -> list[bytes]:
     """JPEGs with shorter sides about `side`, as smooth as photos, so that they decode as photos do."""
     rng = np.random.default_rng(0)
@@ -64,45 +84,88 @@ def make_pictures(count: int, side: int) -> list[bytes]:
     return made
 
 
-def ours(backbone: Backbone, encoded: Sequence[bytes], workers: int) -> float:
-    """Seconds for all pictures through the stage's own path, shards written to a temporary folder."""
-    images = [EncodedImage(str(row), data, sha256_bytes(data)) for row, data in enumerate(encoded)]
+def write_pictures(folder: Path, encoded: Sequence[bytes]) -> Path:
+    """The pictures as files in `folder`/pictures, and as the table that is returned."""
+    (folder / "pictures").mkdir()
+    ids = [f"{row:07}" for row in range(len(encoded))]
+    for image_id, data in zip(ids, encoded, strict=True):
+        (folder / "pictures" / f"{image_id}.jpg").write_bytes(data)
+    rows = pa.table({"image_id": ids, "image": pa.array(encoded, pa.binary())})
+    write_image_table(folder / "pictures.parquet", rows)
+    return folder / "pictures.parquet"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one pass over all pictures took; `cpu_seconds` of all its threads and processes."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+Loop = Callable[[], Round]
+
+
+def ours(backbone: Backbone, table: Path, shard_rows: int, workers: int) -> Round:
+    """All pictures of the table through the stage's own path, shards written to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        ShardStore(Path(folder), backbone, workers).shard_of(images, lambda count: None)
-        return time.perf_counter() - start
+        started, used = time.perf_counter(), cpu_seconds()
+        store = ShardStore(Path(folder), backbone, workers)
+        for batch in grouped(read_encoded(table), shard_rows):
+            store.shard_of(batch, lambda count: None)
+        return Round(time.perf_counter() - started, cpu_seconds() - used)
 
 
-def peer(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
-    encoded: Sequence[bytes],
-    *,
-    batch_size: int,
-    workers: int,
-) -> float:
-    """Seconds for all pictures through clip-retrieval's loop."""
+@contextlib.contextmanager
+def clip_retrieval(
+    python: Path, model: str, folder: Path, *, batch_size: int, workers: int
+) -> Iterator[tuple[Loop, dict[str, str]]]:
+    """clip-retrieval's inference in a process of that Python, and which versions it runs."""
+    command = [str(one) for one in (python, PEER, model, folder, batch_size, workers)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told, answers = process.stdin, process.stdout
+        versions = json.loads(answers.readline() or "null")
+        if versions is None:
+            raise RuntimeError(f"{python}: wanted a Python with clip-retrieval; what it lacks stands above")
+
+        def loop() -> Round:
+            told.write("\n")
+            told.flush()
+            return Round(**json.loads(answers.readline()))
+
+        yield loop, versions
+        told.close()
+
+
+def loop_written_out(
+    settings: BackboneSettings, encoded: Sequence[bytes], *, batch_size: int, workers: int
+) -> Loop:
+    """The shape of clip-retrieval's loop; the net is the library's own, in half precision on a GPU."""
+    encode, transform = library_net(settings)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    start = time.perf_counter()
-    loader: Any = torch.utils.data.DataLoader(
-        Pictures(encoded, transform), batch_size=batch_size, num_workers=workers, pin_memory=on_gpu
-    )
-    vectors = []
-    with torch.inference_mode():
-        for batch in loader:
-            inputs = batch.to(device)
-            if on_gpu:
-                inputs = inputs.half()
-            features = encode(inputs)
-            features = features / features.norm(dim=-1, keepdim=True)
-            vectors.append(features.cpu().numpy())
-    assert len(np.concatenate(vectors)) == len(encoded)
-    return time.perf_counter() - start
+
+    def loop() -> Round:
+        started, used = time.perf_counter(), cpu_seconds()
+        loader: Any = torch.utils.data.DataLoader(
+            Pictures(encoded, transform), batch_size=batch_size, num_workers=workers, pin_memory=on_gpu
+        )
+        vectors = []
+        with torch.inference_mode():
+            for batch in loader:
+                inputs = batch.to(device)
+                features = encode(inputs.half() if on_gpu else inputs)
+                vectors.append((features / features.norm(dim=-1, keepdim=True)).cpu().numpy())
+        assert len(np.concatenate(vectors)) == len(encoded)
+        return Round(time.perf_counter() - started, cpu_seconds() - used)
+
+    return loop
 
 
 def library_net(settings: BackboneSettings) -> tuple[Any, Any]:
-    """The same net as the peer loads it, in half precision on a GPU, and its library's transform."""
+    """The same net as a user of its library loads it, and the library's transform."""
     assert settings.model is not None
     if settings.library == "open_clip":
         import open_clip
@@ -126,26 +189,50 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = load_params(BackboneSettings, f"featurize.settings.{options.backbone}", options.params)
     if settings.library not in ("open_clip", "timm"):
         raise ValueError(f"{options.backbone}: wanted a net of open_clip or timm, got {settings.library}")
+    if options.peer_python and settings.library != "open_clip":
+        raise ValueError(
+            f"{options.backbone}: clip-retrieval knows nets of open_clip, got {settings.library}"
+        )
     settings = replace(settings, weights=None, sha256=None, revision=None, rename=None)
-    settings = replace(settings, batch_size=options.batch_size or settings.batch_size)
+    precision = settings.precision if torch.cuda.is_available() else None  # on a CPU all is float32
+    batch_size = options.batch_size or settings.batch_size
+    settings = replace(settings, precision=precision, batch_size=batch_size)
     backbone = load_backbone(options.backbone, settings, root=options.params.parent)
     encoded = make_pictures(options.images, options.side)
-    # One batch: kernels are chosen, allocators filled, and its memory told before the peer's net is there.
-    ours(backbone, encoded[: settings.batch_size], options.workers)
-    peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    encode, transform = library_net(settings)
-    found: dict[str, list[float]] = {"ours": [], "peer": []}
-    for _ in range(options.rounds):
-        found["ours"].append(ours(backbone, encoded, options.workers))
-        seconds = peer(encode, transform, encoded, batch_size=settings.batch_size, workers=options.workers)
-        found["peer"].append(seconds)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        table = write_pictures(folder, encoded)
+        shard_rows = read_yaml(options.params)["featurize"]["shard_rows"]
+        # One batch: kernels are chosen, and its memory is told before the peer's net is there.
+        pixels = backbone.preprocessing.pixels([decode_image(one) for one in encoded[:batch_size]])
+        backbone.encode_pixels(pixels)
+        peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        loops: dict[str, Loop] = {"ours": lambda: ours(backbone, table, shard_rows, options.workers)}
+        versions = {"torch": str(torch.__version__)}
+        more = {"batch_size": batch_size, "workers": options.workers}
+        if options.peer_python:
+            started = clip_retrieval(options.peer_python, str(settings.model), folder / "pictures", **more)
+            loops["clip-retrieval"], versions = stack.enter_context(started)
+            loops["clip-retrieval"]()  # as ours was warmed
+        else:
+            loops["loop written out"] = loop_written_out(settings, encoded, **more)
+        found: dict[str, list[Round]] = {name: [] for name in loops}
+        for _ in range(options.rounds):
+            for name, loop in loops.items():
+                found[name].append(loop())
+    best = {name: min(one.seconds for one in rounds) for name, rounds in found.items()}
+    least_cpu = {name: min(one.cpu_seconds for one in rounds) for name, rounds in found.items()}
     rows = [
         {
             "loop": name,
-            "images_per_second": round(options.images / min(seconds), 2),
-            "all_seconds": [round(one, 3) for one in seconds],
+            "images_per_second": round(options.images / best[name], 2),
+            "cpu_ms_per_image": round(1000 * least_cpu[name] / options.images, 2),
+            "ours_over_it": round(best[name] / best["ours"], 3),
+            "ours_over_it_cpu": round(least_cpu[name] / least_cpu["ours"], 3),
+            "all_seconds": [round(one.seconds, 3) for one in rounds],
+            "all_cpu_seconds": [round(one.cpu_seconds, 3) for one in rounds],
         }
-        for name, seconds in found.items()
+        for name, rounds in found.items()
     ]
     return {
         "backbone": options.backbone,
@@ -154,13 +241,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "images": options.images,
         "shorter_side": options.side,
         "bytes_per_image": round(sum(map(len, encoded)) / len(encoded)),
-        "batch_size": settings.batch_size,
+        "batch_size": batch_size,
         "workers": options.workers,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
+        "machine": machine(),
         "peak_bytes": peak_bytes,
         "dim": backbone.space.dim,
-        "torch": torch.__version__,
+        "versions": versions,
         "rows": rows,
     }
 
@@ -174,14 +261,18 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=384, help="shorter side of the pictures, in pixels")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch-size", type=int, help="other than the row's")
+    parser.add_argument("--peer-python", type=Path, help="a Python that has clip-retrieval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="keep the rate for the cost sheet")
     parser.add_argument("--output", type=Path, default=RESULTS / "featurize.json")
     options = parser.parse_args()
     report = run(options)
-    print(f"{report['backbone']} ({report['model']}, {report['precision']}) on {report['device']}")
+    print(f"{report['backbone']} ({report['model']}, {report['precision']}) on {report['machine']}")
     for row in report["rows"]:
-        print(f"  {row['loop']:5} {row['images_per_second']:10.1f} images/s")
+        print(
+            f"  {row['loop']:16} {row['images_per_second']:8.1f} images/s, ours {row['ours_over_it']:.2f} x; "
+            f"{row['cpu_ms_per_image']:6.1f} ms of processor an image, ours {row['ours_over_it_cpu']:.2f} x"
+        )
     write_json(options.output, report)
     if options.record:
         rate = Rate(

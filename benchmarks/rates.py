@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,18 @@ class Rate:
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise ValueError(f"seconds: wanted > 0, got {self.seconds}")
+
+
+def machine() -> str:
+    """The GPU's name, or the processor's and how many cores of it there are."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def record(name: str, rate: Rate, path: Path = RATES) -> None:
