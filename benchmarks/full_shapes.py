@@ -72,6 +72,8 @@ def build(family: Family, device: str, dtype: torch.dtype, *, small: bool = Fals
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype).requires_grad_(False).eval()
+    if family == "sdxl" and dtype == torch.float16:
+        parts["vae"].float()  # as load_base leaves it
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
