@@ -41,6 +41,7 @@ from attribution.ranking import chance_recall, recall_at
 from benchmarks.customize import machine
 from benchmarks.transfer_plot import plot, tables
 from stages import customize, gate_customized, synthesize, train_mapper
+from stages.incremental import prune
 from stages.workers import base_pipeline
 
 BACKBONES = ("supervised", "clip")
@@ -100,6 +101,7 @@ def draw(place: Place, params: customize.Params, base: BaseSettings, exemplars: 
 def take(place: Place, concepts: Sequence[Concept]) -> None:
     """The default run's own images of these concepts, fresh and shipped."""
     shipped = read_image_table("data/shipped/synthesized.parquet")
+    prune(place.images, [f"{concept.concept_id}.parquet" for concept in concepts])
     for concept in concepts:
         name = f"{concept.concept_id}.parquet"
         fresh = Path("data/synthesized") / name
