@@ -5,9 +5,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, UInt8
 
 STORAGES = "float32, float16 or bfloat16"
+CODED_DIM = 65536  # what csrc/contract.h calls most_coded_dim
+CENTER_ROWS = 1024  # whose median is the center of a compressed gallery
+
+
+@dataclass(frozen=True)
+class CompressedGallery:
+    """A gallery with one byte beside each value, which filters; `attribution.similarity.compress` makes it.
+
+    Value d of row i is nearly center[d] + steps[i] * (codes[i, d] - 128). residuals[i] is at least the length
+    of what is missing, norms[i] at least that of row i less the center: they bound the error of every score.
+    Answers come from `gallery`, read where it lies.
+    """
+
+    gallery: Any  # as compress() was given it
+    center: Float32[np.ndarray, " dim"]
+    codes: UInt8[np.ndarray, "gallery padded_dim"]  # rows are whole cache lines, 128 beyond dim
+    steps: Float32[np.ndarray, " gallery"]
+    residuals: Float32[np.ndarray, " gallery"]
+    norms: Float32[np.ndarray, " gallery"]
+
+    @property
+    def nbytes(self) -> int:
+        """What this holds beside the gallery itself."""
+        own = (self.center, self.codes, self.steps, self.residuals, self.norms)
+        return sum(array.nbytes for array in own)
 
 
 @dataclass(frozen=True)
@@ -19,6 +44,7 @@ class Inputs:
     storage: str
     scale: Float32[np.ndarray, " gallery"] | None
     offset: Float32[np.ndarray, " queries"] | None
+    compressed: CompressedGallery | None = None
 
     @property
     def rows(self) -> int:
@@ -31,7 +57,8 @@ def open_inputs(queries: Any, gallery: Any, scale: Any, offset: Any) -> Inputs:
     query_view, query_storage = open_rows(queries, "queries")
     query_values = np.ascontiguousarray(as_float32(query_view, query_storage))
     _require_finite(query_values, "queries")
-    shards, storage = _open_gallery(gallery)
+    compressed = gallery if isinstance(gallery, CompressedGallery) else None
+    shards, storage = open_gallery(gallery if compressed is None else compressed.gallery)
     for name, shard in shards.items():
         if shard.shape[1] != query_values.shape[1]:
             raise ValueError(
@@ -43,7 +70,30 @@ def open_inputs(queries: Any, gallery: Any, scale: Any, offset: Any) -> Inputs:
     offset_values = None if offset is None else _vector(offset, "offset", query_values.shape[0], "queries")
     if offset_values is not None:
         _require_finite(offset_values[:, None], "offset")
-    return Inputs(query_values, tuple(shards.values()), storage, scale_values, offset_values)
+    if compressed is not None and len(compressed.codes) != rows:
+        raise ValueError(
+            f"gallery: compressed with {len(compressed.codes)} rows but has {rows}; do: compress it again"
+        )
+    return Inputs(query_values, tuple(shards.values()), storage, scale_values, offset_values, compressed)
+
+
+def center_of(shards: Sequence[np.ndarray], storage: str) -> Float32[np.ndarray, " dim"]:
+    """The median of some finite rows, which outliers among them do not move."""
+    rows = sum(len(shard) for shard in shards)
+    step = max(1, rows // CENTER_ROWS)
+    some = np.concatenate([as_float32(shard[::step], storage) for shard in shards])
+    some = some[np.isfinite(some).all(axis=1)]
+    return np.median(some, axis=0).astype(np.float32) if len(some) else np.zeros(some.shape[1], np.float32)
+
+
+def room_for_codes(rows: int, dim: int) -> UInt8[np.ndarray, "rows padded_dim"]:
+    """Rows that begin at multiples of 64 bytes."""
+    if dim > CODED_DIM:
+        raise ValueError(f"gallery: wanted dim <= {CODED_DIM} to compress, got {dim}")
+    padded = -(-dim // 64) * 64
+    room = np.empty(rows * padded + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + rows * padded].reshape(rows, padded)
 
 
 def as_float32(values: np.ndarray, storage: str) -> np.ndarray:
@@ -75,7 +125,8 @@ def ids(values: Any, queries: int, rows: int) -> Int64[np.ndarray, "queries ids"
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _open_gallery(gallery: Any) -> tuple[dict[str, np.ndarray], str]:
+def open_gallery(gallery: Any) -> tuple[dict[str, np.ndarray], str]:
+    """Views of the shards by name, and their storage type."""
     if not isinstance(gallery, Sequence) or isinstance(gallery, str | bytes):
         view, storage = open_rows(gallery, "gallery")
         return {"gallery": view}, storage

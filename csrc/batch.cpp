@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -13,30 +15,40 @@ AlignedBytes::AlignedBytes(int64_t bytes) : owner(new unsigned char[size_t(bytes
 }
 
 Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
-             const float* offset, bool precise)
+             const float* offset, Filter filter)
     : set(set),
       gallery(gallery),
       rows(rows),
       count(int(rows.size())),
-      kernels(*set.kernels(gallery.storage, count, precise)),
+      kernels(filter == Filter::codes ? *set.coded_kernels(count)
+                                      : *set.kernels(gallery.storage, count, filter == Filter::precise)),
       padded((count + kernels.pad - 1) / kernels.pad * kernels.pad),
       panels(kernels.panel_bytes(padded, gallery.dim)),
-      offset(offset ? size_t(padded) : 0, 0.0f),
+      offset(offset || filter == Filter::codes ? size_t(padded) : 0, 0.0f),
+      weight(size_t(padded), 0.0f),
+      filter_(filter),
       queries_(rows.size() * size_t(padded_dim(gallery.dim))),
+      own_offset_(rows.size(), 0.0),
       shift_(rows.size()),
       norm_(rows.size()) {
   const int dim = gallery.dim;
+  const auto product = [](float a, float b) { return double(a) * double(b); };
+  const auto norm_of = [&](const float* values) {
+    return std::sqrt(std::inner_product(values, values + dim, values, 0.0, std::plus<double>(), product)) * (1 + 1e-6);
+  };
+  if (filter == Filter::codes) center_norm_ = norm_of(gallery.center);
   for (int q = 0; q < count; ++q) {
     const float* from = queries + rows[size_t(q)] * dim;
     std::copy(from, from + dim, queries_.begin() + q * padded_dim(dim));
-    double squared = 0;
-    for (int d = 0; d < dim; ++d) squared += double(from[d]) * double(from[d]);
-    norm_[size_t(q)] = std::sqrt(squared) * (1 + 1e-6);
+    norm_[size_t(q)] = norm_of(from);
+    weight[size_t(q)] = float(norm_[size_t(q)] * (1 + 1e-6));
     largest_norm_ = std::max(largest_norm_, norm_[size_t(q)]);
-    if (offset) {
-      this->offset[size_t(q)] = offset[rows[size_t(q)]];
-      largest_offset_ = std::max(largest_offset_, std::fabs(double(offset[rows[size_t(q)]])));
-    }
+    if (offset) own_offset_[size_t(q)] = double(offset[rows[size_t(q)]]);
+    double at_center = own_offset_[size_t(q)];
+    if (filter == Filter::codes)
+      at_center += std::inner_product(from, from + dim, gallery.center, 0.0, std::plus<double>(), product);
+    if (!this->offset.empty()) this->offset[size_t(q)] = float(at_center);
+    largest_offset_ = std::max(largest_offset_, std::fabs(own_offset_[size_t(q)]) + norm_[size_t(q)] * center_norm_);
   }
   // A query too large for the fast kernel is only ever scored canonically.
   if (largest_norm_ < 0x1p100) kernels.pack(queries_.data(), padded_dim(dim), count, dim, panels.data(), shift_.data());
@@ -46,13 +58,16 @@ void Batch::bound(const Prepared& prepared, float* errors) const {
   // A sum of dim rounded products in any order, then the offset, the scale, the rounding of the canonical score, and
   // that of whoever adds or subtracts the error. Cauchy and Schwarz bound the sum of the products' magnitudes.
   const int dim = gallery.dim;
-  const double rounding = (dim + 16) * kernels.rounding;
+  // Sums of products of codes are exact however long; what else is rounded there is rounded fewer than 32 times.
+  const double rounding = filter_ == Filter::codes ? 0x1p-19 : (dim + 16) * kernels.rounding;
   const double norm = prepared.largest_norm, scale = prepared.largest_scale, shift = prepared.largest_shift;
-  // Instruction sets differ in what they do to subnormal numbers; at worst each operand and each sum is flushed.
-  const double flushed = 0x1p-120, depth = std::sqrt(double(dim));
+  // Instruction sets differ in what they do to subnormal numbers; at worst each operand and each sum is flushed. Of
+  // codes, which multiply what was flushed, the products count up to 2^22 * dim.
+  const double flushed = filter_ == Filter::codes ? 0x1p-100 * dim : 0x1p-120, depth = std::sqrt(double(dim));
   for (int q = 0; q < count; ++q) {
     const double size = norm_[size_t(q)], offset_size = offset.empty() ? 0.0 : std::fabs(double(offset[size_t(q)]));
     const double error = rounding * (size * norm + offset_size * scale) + size * shift + double(shift_[size_t(q)]) * norm +
+                         size * center_norm_ * scale * (dim + 16) * 0x1p-50 +
                          flushed * (depth * (size * scale + norm) + 2.0 * dim * scale + 1.0);
     errors[q] = float(error * 1.01);
   }
@@ -84,7 +99,7 @@ void Batch::rescore(Candidate* items, int64_t count, int q) const {
     }
     for (int i = 0; i < some; ++i) {
       Candidate& item = items[first + i];
-      const double shifted = offset.empty() ? dots[i] : dots[i] + double(offset[size_t(q)]);
+      const double shifted = dots[i] + own_offset_[size_t(q)];
       item.score = float(shifted * gallery.scale(item.row)) + 0.0f;
       item.error = 0;
       if (!std::isfinite(item.score))
@@ -100,7 +115,7 @@ bool Batch::dense(const Block& block, int first, int some, double* scratch, doub
   for (int q = 0; q < some; ++q)
     for (int r = 0; r < block.count; ++r) {
       const double dot = dots[q * block_rows + r];
-      const double shifted = offset.empty() ? dot : dot + double(offset[size_t(first + q)]);
+      const double shifted = dot + own_offset_[size_t(first + q)];
       const float score = float(block.scale ? shifted * double(block.scale[r]) : shifted) + 0.0f;
       scores[q * block_rows + r] = score;
       finite &= std::isfinite(score);

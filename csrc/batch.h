@@ -16,14 +16,25 @@ struct AlignedBytes {
   unsigned char* begin;
 };
 
+enum class Filter {
+  fast,
+  precise,  // with float32 arithmetic, where half of it would be faster
+  codes     // of a compressed gallery
+};
+
 class Batch {
  public:
+  // Is there a faster filter than the gallery's values for so many queries?
+  static bool has_codes(const InstructionSet& set, const Gallery& gallery, int64_t queries) {
+    return gallery.center != nullptr && set.coded_kernels(int(queries)) != nullptr;
+  }
+
   // queries: [all, dim]; rows: which of them; offset: [all] or null
   Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
-        const float* offset, bool precise = false);
+        const float* offset, Filter filter = Filter::fast);
 
   // |fast score - canonical score| <= error for every row of the block, with room for one rounding of score +- error.
-  // errors: [padded]
+  // errors: [padded]. What a row's own shift adds is in it only if Prepared::largest_shift says so.
   void bound(const Prepared& prepared, float* errors) const;
   // Can scores of this block leave the range of float, on the way or at the end?
   bool overflows(const Prepared& prepared) const;
@@ -44,15 +55,18 @@ class Batch {
   const Kernels& kernels;
   const int padded;
   AlignedBytes panels;
-  std::vector<float> offset;  // [padded] or empty
+  std::vector<float> offset;  // [padded] or empty: what the filter adds; with codes, the center's part as well
+  std::vector<float> weight;  // [padded] |q|, upwards
 
  private:
   const float* query(int q) const { return queries_.data() + int64_t(q) * padded_dim(gallery.dim); }
 
+  const Filter filter_;
   std::vector<float> queries_;  // [count][padded_dim]
+  std::vector<double> own_offset_;  // [count] the callers'
   std::vector<float> shift_;
   std::vector<double> norm_;
-  double largest_norm_ = 0, largest_offset_ = 0;
+  double largest_norm_ = 0, largest_offset_ = 0, center_norm_ = 0;
 };
 
 }  // namespace attribution

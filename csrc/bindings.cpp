@@ -2,6 +2,7 @@
 // what is checked again here is what would otherwise read outside an array.
 #include "bindings.h"
 
+#include "compression.h"
 #include "dispatch.h"
 
 namespace attribution {
@@ -21,7 +22,8 @@ Storage storage_of(const std::string& name) {
 
 }  // namespace
 
-Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_t dim, const std::optional<FloatArray>& scale) {
+Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_t dim, const std::optional<FloatArray>& scale,
+                   const CodeArrays& code_arrays) {
   const Storage storage = storage_of(storage_name);
   std::vector<Shard> views;
   int64_t rows = 0;
@@ -30,11 +32,21 @@ Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_
     require(shard.itemsize() == bytes_of(storage), "gallery: item size differs from the storage type's");
     require(dim <= 1 || shard.shape(0) == 0 || shard.strides(1) == shard.itemsize(), "gallery: wanted unit stride along dim");
     views.push_back({static_cast<const unsigned char*>(shard.data()), shard.shape(0), shard.strides(0),
-                     scale ? scale->data() + rows : nullptr});
+                     scale ? scale->data() + rows : nullptr, {}});
     rows += shard.shape(0);
   }
   require(!scale || (scale->ndim() == 1 && scale->shape(0) == rows), "scale: wanted one value per gallery row");
-  return Gallery(storage, int(dim), std::move(views));
+  if (!code_arrays) return Gallery(storage, int(dim), std::move(views));
+  const auto& [center, codes, step, residual, norm] = *code_arrays;
+  require(center.size() == dim && dim <= most_coded_dim && codes.ndim() == 2 && codes.shape(0) == rows &&
+              codes.shape(1) == code_bytes(int(dim)) && step.size() == rows && residual.size() == rows && norm.size() == rows,
+          "codes: they are of another gallery");
+  rows = 0;
+  for (Shard& view : views) {
+    view.coded = {codes.data() + rows * codes.shape(1), step.data() + rows, residual.data() + rows, norm.data() + rows};
+    rows += view.rows;
+  }
+  return Gallery(storage, int(dim), std::move(views), center.data());
 }
 
 Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& offset) {
@@ -46,9 +58,10 @@ Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& o
 namespace {
 
 py::tuple retrieve_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
-                          const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale, int64_t k,
-                          std::optional<double> inv_tau, double b, int threads, int64_t window, int64_t query_batch) {
-  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale);
+                          const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
+                          const CodeArrays& codes, int64_t k, std::optional<double> inv_tau, double b, int threads,
+                          int64_t window, int64_t query_batch) {
+  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(k >= 1 && threads >= 1 && window >= 0 && query_batch >= 1, "k, threads, window, query_batch: out of range");
   const Calibration calibration{inv_tau.value_or(1), b};
@@ -67,8 +80,8 @@ py::tuple retrieve_arrays(const Shards& shards, const std::string& storage, cons
 
 IntArray count_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                       const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                      const DoubleArray& thresholds, bool or_equal, int threads, int64_t query_batch) {
-  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale);
+                      const CodeArrays& codes, const DoubleArray& thresholds, bool or_equal, int threads, int64_t query_batch) {
+  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(thresholds.ndim() == 2 && thresholds.shape(0) == view.count, "thresholds: wanted [queries, thresholds]");
   require(threads >= 1 && query_batch >= 1, "threads, query_batch: out of range");
@@ -81,8 +94,9 @@ IntArray count_arrays(const Shards& shards, const std::string& storage, const Fl
 }
 
 FloatArray score_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
-                        const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale, const IntArray& ids) {
-  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale);
+                        const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
+                        const CodeArrays& codes, const IntArray& ids) {
+  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(ids.ndim() == 2 && ids.shape(0) == view.count, "ids: wanted [queries, ids]");
   for (py::ssize_t i = 0; i < ids.size(); ++i)
@@ -91,6 +105,30 @@ FloatArray score_arrays(const Shards& shards, const std::string& storage, const 
   float* to = scores.mutable_data();
   without_gil([&](const Interrupt&) { canonical_scores(gallery, view, ids.data(), ids.shape(1), to); });
   return scores;
+}
+
+py::tuple compress_arrays(const Shards& shards, const std::string& storage, const FloatArray& center, ByteArray codes,
+                          int threads) {
+  const Gallery gallery = gallery_of(shards, storage, center.size(), std::nullopt, std::nullopt);
+  require(center.size() >= 1 && center.size() <= most_coded_dim && codes.ndim() == 2 && codes.shape(0) == gallery.rows() &&
+              codes.shape(1) == code_bytes(gallery.dim) && threads >= 1,
+          "codes: wanted [rows, dim in whole cache lines]");
+  const std::vector<py::ssize_t> line{py::ssize_t(gallery.rows())};
+  FloatArray step(line), residual(line), norm(line);
+  const CodesOut out{codes.mutable_data(), step.mutable_data(), residual.mutable_data(), norm.mutable_data()};
+  without_gil([&](const Interrupt& interrupted) { compress(gallery, center.data(), threads, interrupted, out); });
+  return py::make_tuple(step, residual, norm);
+}
+
+py::tuple coded_score_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
+                             const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
+                             const CodeArrays& codes) {
+  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
+  const Queries view = queries_of(queries, offset);
+  const std::vector<py::ssize_t> table{view.count, py::ssize_t(gallery.rows())};
+  FloatArray scores(table), errors(table);
+  coded_scores(gallery, view, scores.mutable_data(), errors.mutable_data());
+  return py::make_tuple(scores, errors);
 }
 
 }  // namespace
@@ -102,6 +140,8 @@ PYBIND11_MODULE(attribution_extension, module) {
   module.attr("sources_sha256") = ATTRIBUTION_SOURCES_SHA256;
   module.def("instruction_set", [] { return std::string(choose_instruction_set()->name); });
   module.def("instruction_sets", runnable_instruction_sets);
+  module.def("compress", compress_arrays);
+  module.def("coded_scores", coded_score_arrays);
   module.def("retrieve", retrieve_arrays);
   module.def("count_larger", count_arrays);
   module.def("canonical_scores", score_arrays);

@@ -23,13 +23,27 @@ static constexpr int block_rows = 96;
 
 static inline int64_t padded_dim(int dim) { return (int64_t(dim) + 7) / 8 * 8; }
 
+// The codes of a row, in whole cache lines.
+static inline int64_t code_bytes(int dim) { return (int64_t(dim) + 63) / 64 * 64; }
+static constexpr int most_coded_dim = 65536;  // of sums of their products in 32 bits
+
+// What a compressed gallery holds of some rows. Value d of a row is, as the kernel for codes reads it,
+// center[d] + step * (code[d] - 128).
+struct Codes {
+  const unsigned char* codes;   // [rows][code_bytes]; 128 after dim
+  const float* step;            // [rows]
+  const float* residual;        // [rows], >= |x - x as the kernel reads it|
+  const float* norm;            // [rows], >= |x - center| and >= |x as the kernel reads it - center|
+};
+
 struct Block {
-  const unsigned char* rows;  // [count] rows, `stride` bytes apart, in the gallery's storage type
+  const unsigned char* rows;  // [count] rows, `stride` bytes apart, in the gallery's storage type; or their codes
   int64_t stride;
   int count;
   int64_t first_row;           // index of rows[0] in the whole gallery
   const float* scale;          // [count], or null: 1
   const unsigned char* ahead;  // what this thread will probably read next, or null
+  Codes coded;                 // of these rows, where `rows` are codes
 
   const float* row_scale(int row) const { return scale ? scale + row : nullptr; }
 };
@@ -50,6 +64,7 @@ struct Prepared {
   float largest_norm;   // max over rows of scale * |x|; not finite if a value is not, or the square overflows
   float largest_scale;  // max over rows of scale; NaN if one is negative
   float largest_shift;  // max over rows of scale * |x - x as the kernel reads it|
+  const float* shift;   // [block.count] the same of each row, where that varies; or null
 };
 
 // Where the fast kernel puts every (row, query) whose score reaches the query's threshold.
@@ -63,6 +78,7 @@ struct Emission {
   int base;
   uint32_t high_water;  // reaching it raises `full`; the engine then starts no further block
   int* full;            // null: the buffer is this thread's own
+  const float* weight;  // [padded queries] |q|: what Prepared::shift is multiplied by and adds to the error
 };
 
 // For `count_larger`. A score above `high` certainly exceeds the threshold, one below `low` certainly does not;
@@ -78,7 +94,7 @@ struct Counting {
 // time: group(queries left) of them.
 struct Kernels {
   int pad;
-  double rounding;  // of one product and its addition, relative to |q| |x|
+  double rounding;  // of one product and its addition, relative to |q| |x|; 0 for codes
   int (*group)(int left);
   int64_t (*panel_bytes)(int padded, int dim);
   // queries: [count] rows of dim, `stride` apart; shift: [count], |q - q as the kernel reads it|
@@ -86,16 +102,23 @@ struct Kernels {
   int64_t (*scratch_bytes)(Storage storage, int dim);
   void (*prepare)(const Block& block, Storage storage, const unsigned char* panels, int queries, int dim,
                   unsigned char* scratch, Prepared* prepared);
-  // The group that begins at query `first`. Group 0 comes first and uses up the scores that `prepare` made.
-  void (*emit)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to);
-  void (*count)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to,
-                const Counting& counting);
+  // The group that begins at query `first`. Group 0 comes first and uses up the scores that `prepare` made. Both return
+  // how many candidates they found.
+  int64_t (*emit)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to);
+  int64_t (*count)(const Prepared& prepared, const unsigned char* panels, int queries, int dim, int first, const Emission& to,
+                   const Counting& counting);
 };
 
 struct InstructionSet {
   const char* name;
   // precise: with float32 arithmetic, where half of it would be faster
   const Kernels* (*kernels)(Storage storage, int queries, bool precise);
+  // The kernel that reads codes, or null where it would not be faster.
+  const Kernels* (*coded_kernels)(int queries);
+  // rows of values -> all of what Codes holds, written through its pointers; center: [padded_dim]. Returns the first row
+  // that is not finite, or block.count.
+  int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, unsigned char* codes,
+                float* step, float* residual, float* norm);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);

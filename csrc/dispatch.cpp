@@ -14,7 +14,7 @@ bool runs(const std::string& name) {
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2") return avx2;
   if (name == "avx512f") return avx512f;
-  if (name == "avx512_bf16") return avx512f && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16") return avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return name == "portable";
 }

@@ -13,12 +13,14 @@ struct Shard {
   int64_t rows;
   int64_t stride;      // bytes from row to row
   const float* scale;  // [rows] or null
+  Codes coded;         // of a compressed gallery; or nulls
 };
 
 class Gallery {
  public:
-  Gallery(Storage storage, int dim, std::vector<Shard> shards)
-      : storage(storage), dim(dim), shards_(std::move(shards)), first_row_{0}, first_block_{0} {
+  // center: [dim], of a compressed gallery; or null
+  Gallery(Storage storage, int dim, std::vector<Shard> shards, const float* center = nullptr)
+      : storage(storage), dim(dim), center(center), shards_(std::move(shards)), first_row_{0}, first_block_{0} {
     for (const Shard& shard : shards_) {
       first_row_.push_back(first_row_.back() + shard.rows);
       first_block_.push_back(first_block_.back() + (shard.rows + block_rows - 1) / block_rows);
@@ -31,6 +33,18 @@ class Gallery {
   Block block(int64_t index) const {
     const size_t s = holder(first_block_, index);
     return slice(s, (index - first_block_[s]) * block_rows, block_rows);
+  }
+
+  // The codes of the same rows.
+  Block coded_block(int64_t index) const {
+    const size_t s = holder(first_block_, index);
+    const int64_t begin = (index - first_block_[s]) * block_rows, bytes = code_bytes(dim);
+    const Codes& all = shards_[s].coded;
+    Block block = slice(s, begin, block_rows);
+    block.coded = Codes{all.codes + begin * bytes, all.step + begin, all.residual + begin, all.norm + begin};
+    block.rows = block.coded.codes;
+    block.stride = bytes;
+    return block;
   }
 
   // Row `index` of the whole gallery.
@@ -46,6 +60,7 @@ class Gallery {
 
   const Storage storage;
   const int dim;
+  const float* const center;
 
  private:
   // Empty shards begin where the next one does: the last that begins at or before `index` is the one that holds it.
@@ -56,7 +71,7 @@ class Gallery {
   Block slice(size_t s, int64_t begin, int64_t most) const {
     const Shard& shard = shards_[s];
     return Block{shard.data + begin * shard.stride, shard.stride, int(std::min(most, shard.rows - begin)),
-                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr, nullptr};
+                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr, nullptr, {}};
   }
 
   std::vector<Shard> shards_;

@@ -1,9 +1,10 @@
-// AVX-512 with the bfloat16 dot product: two products per lane and step, and float32 and float16 rows are filtered
-// through bfloat16 copies of a block.
+// AVX-512 with the dot products of bfloat16, two products per lane and step, and of int8, four. float32 and float16 rows
+// are filtered through bfloat16 copies of a block.
 #define ATTRIBUTION_NAME "avx512_bf16"
 #define ATTRIBUTION_ENTRY instruction_set_avx512_bf16
 #define ATTRIBUTION_LANES 16
 #define ATTRIBUTION_TILE_ROWS 12
 #define ATTRIBUTION_ROWWISE 8
 #define ATTRIBUTION_PAIRS
+#define ATTRIBUTION_QUADS
 #include "kernel.inc"

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "selection.h"
 
@@ -29,11 +30,25 @@ std::vector<int64_t> all_of(const Queries& queries) {
   return rows;
 }
 
+// Some queries, for the filters that a walk uses.
+struct Filters {
+  Filters(const Run& run, const Gallery& gallery, const Queries& queries, const std::vector<int64_t>& rows)
+      : values(*run.set, gallery, queries.values, rows, queries.offset) {
+    if (Batch::has_codes(*run.set, gallery, values.count))
+      codes.emplace(*run.set, gallery, queries.values, rows, queries.offset, Filter::codes);
+  }
+  const Batch* of_codes() const { return codes ? &*codes : nullptr; }
+
+  Batch values;
+  std::optional<Batch> codes;
+};
+
 // The first walk, of one batch.
-void gather(const Run& run, const Batch& batch, const Request& request, int64_t fresh, int64_t first_row, Part* part) {
+void gather(const Run& run, const Filters& filters, const Request& request, int64_t fresh, int64_t first_row, Part* part) {
+  const Batch& batch = filters.values;
   const int64_t rows = batch.gallery.rows(), top = std::max<int64_t>(1, std::min(request.k, rows));
   const bool softmax = request.calibration != nullptr && request.calibration->b == 0;
-  Selection selection(batch, top, request.calibration, request.window);
+  Selection selection(batch, top, request.calibration, request.window, filters.codes.has_value());
   std::vector<float> cut(size_t(batch.count), -infinity);
   std::vector<std::vector<SoftmaxSum>> sums(softmax ? size_t(run.team->size()) : 0, std::vector<SoftmaxSum>(size_t(batch.count)));
   Scan::Tally tally;
@@ -41,7 +56,7 @@ void gather(const Run& run, const Batch& batch, const Request& request, int64_t 
     tally = [&](int member, int q, const float* scores, int64_t count) {
       sums[size_t(member)][size_t(q)].add(*run.set, scores, count, request.calibration->inv_tau);
     };
-  Scan scan(run, batch);
+  Scan scan(run, batch, filters.of_codes());
   scan.select(cut, selection.keep(), fresh, 2 * top,
               [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); }, tally);
 
@@ -62,7 +77,7 @@ void gather(const Run& run, const Batch& batch, const Request& request, int64_t 
 }
 
 // The second walk, of one batch: all the weight in the gallery for queries whose best score is known.
-std::vector<Mass> weigh_batch(const Run& run, const Batch& batch, const Calibration& calibration, const std::vector<float>& best) {
+std::vector<Mass> weigh_batch(const Run& run, const Filters& filters, const Calibration& calibration, const std::vector<float>& best) {
   std::vector<float> cut;
   for (float score : best) cut.push_back(calibration.lowest(score));
   std::vector<std::vector<Mass>> masses(size_t(run.team->size()), std::vector<Mass>(best.size()));
@@ -70,12 +85,12 @@ std::vector<Mass> weigh_batch(const Run& run, const Batch& batch, const Calibrat
     masses[size_t(member)][size_t(q)].add(*run.set, calibration, scores, count, best[size_t(q)]);
   };
   const Scan::Visit visit = [&](int member, int q, Candidate* items, int64_t count) {
-    if (items->error != 0) batch.rescore(items, count, q);
+    if (items->error != 0) filters.values.rescore(items, count, q);
     float scores[block_rows];
     std::transform(items, items + count, scores, [](const Candidate& item) { return item.score; });
     masses[size_t(member)][size_t(q)].add(*run.set, calibration, scores, count, best[size_t(q)]);
   };
-  Scan(run, batch).visit(cut, visit, tally);
+  Scan(run, filters.values, filters.of_codes()).visit(cut, visit, tally);
   for (size_t member = 1; member < masses.size(); ++member)
     for (size_t q = 0; q < best.size(); ++q) masses[0][q].add(masses[member][q]);
   return masses[0];
@@ -87,7 +102,8 @@ int64_t fresh_of(const Request& request, const Gallery& gallery) {
 
 // So many that their candidates stay within 32 MB.
 int64_t batch_size(const Request& request, const Gallery& gallery, const Limits& limits, int threads) {
-  const int64_t keep = 2 * std::min(request.k, gallery.rows()) + request.window;
+  const int64_t k = std::min(request.k, gallery.rows());
+  const int64_t keep = gallery.center ? Selection::kept(k, request.window, true) : 2 * k + request.window;
   const int64_t bytes = Scan::capacity(keep, fresh_of(request, gallery), threads) * int64_t(sizeof(Candidate));
   return std::max<int64_t>(1, std::min(limits.query_batch, (int64_t(32) << 20) / bytes));
 }
@@ -100,7 +116,7 @@ Part retrieve_part(const Gallery& gallery, const Queries& queries, const Request
   const Run run{choose_instruction_set(), &team, interrupted};
   Part part;
   for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size())))
-    gather(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), request, fresh_of(request, gallery), first_row, &part);
+    gather(run, Filters(run, gallery, queries, rows), request, fresh_of(request, gallery), first_row, &part);
   return part;
 }
 
@@ -115,8 +131,7 @@ std::vector<Mass> weigh(const Gallery& gallery, const Queries& queries, const Ca
   for (const std::vector<int64_t>& rows : batches(wanted, limits.query_batch)) {
     std::vector<float> batch_best;
     for (int64_t q : rows) batch_best.push_back(best[q]);
-    const std::vector<Mass> some =
-        weigh_batch(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), calibration, batch_best);
+    const std::vector<Mass> some = weigh_batch(run, Filters(run, gallery, queries, rows), calibration, batch_best);
     for (size_t i = 0; i < rows.size(); ++i) masses[size_t(rows[i])] = some[i];
   }
   return masses;
@@ -128,7 +143,7 @@ void retrieve(const Gallery& gallery, const Queries& queries, const Request& req
   const Run run{choose_instruction_set(), &team, interrupted};
   for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size()))) {
     Part part;
-    gather(run, Batch(*run.set, gallery, queries.values, rows, queries.offset), request, fresh_of(request, gallery), 0, &part);
+    gather(run, Filters(run, gallery, queries, rows), request, fresh_of(request, gallery), 0, &part);
     std::vector<int64_t> wide_rows;
     std::vector<float> wide_best;
     for (int64_t q = 0; q < part.queries(); ++q) {
@@ -138,7 +153,7 @@ void retrieve(const Gallery& gallery, const Queries& queries, const Request& req
     }
     std::vector<Mass> masses;
     if (!wide_rows.empty())
-      masses = weigh_batch(run, Batch(*run.set, gallery, queries.values, wide_rows, queries.offset), *request.calibration, wide_best);
+      masses = weigh_batch(run, Filters(run, gallery, queries, wide_rows), *request.calibration, wide_best);
     size_t next = 0;
     for (int64_t q = 0; q < part.queries(); ++q) {
       const Mass* mass = needs_mass(request, part, q) ? &masses[next++] : nullptr;
@@ -175,12 +190,13 @@ void count_larger(const Gallery& gallery, const Queries& queries, const double* 
       }
     };
     // Levels amid the bulk of the scores leave the half-precision filter unsure so often that float32 is faster.
-    int64_t block = 0;
-    for (const bool precise : {false, true}) {
-      const Batch batch(*run.set, gallery, queries.values, rows, queries.offset, precise);
-      current = &batch;
-      block = Scan(run, batch).count(levels, count, certain, settle, block, precise ? 1.0 : 0.004);
-      if (block == gallery.blocks()) break;
+    const Filters filters(run, gallery, queries, rows);
+    current = &filters.values;
+    const int64_t block = Scan(run, filters.values, filters.of_codes()).count(levels, count, certain, settle, 0, 0.004);
+    if (block < gallery.blocks()) {
+      const Batch precise(*run.set, gallery, queries.values, rows, queries.offset, Filter::precise);
+      current = &precise;
+      Scan(run, precise, nullptr).count(levels, count, certain, settle, block, 1.0);
     }
     for (size_t i = 0; i < size; ++i) {
       larger[rows[0] * count + int64_t(i)] = certain[i];

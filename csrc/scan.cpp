@@ -1,8 +1,10 @@
 #include "scan.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 namespace attribution {
 namespace {
@@ -34,6 +36,12 @@ bool finite_row(const unsigned char* row, Storage storage, int dim) {
 
 }  // namespace
 
+Scan::Scan(const Run& run, const Batch& batch, const Batch* codes)
+    : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes) {
+  const char* variable = std::getenv("ATTRIBUTION_CODES");
+  always_codes_ = variable != nullptr && std::strcmp(variable, "always") == 0;
+}
+
 float Scan::low(double threshold, float error) { return below(threshold - double(error)); }
 float Scan::high(double threshold, float error) { return -below(-(threshold + double(error))); }
 
@@ -41,29 +49,41 @@ float Scan::high(double threshold, float error) { return -below(-(threshold + do
 constexpr int64_t dense_values = int64_t(Batch::dense_group) * block_rows;
 constexpr int64_t dense_bytes = dense_values * 12;
 
+// What a thread needs for one filter.
+struct Scan::Side {
+  Side(const Batch& batch, int thresholds)
+      : batch(&batch),
+        scratch(batch.kernels.scratch_bytes(batch.gallery.storage, batch.gallery.dim)),
+        threshold(size_t(batch.padded), infinity),
+        error(size_t(batch.padded), 0.0f),
+        low(size_t(thresholds * batch.padded), infinity),
+        high(size_t(thresholds * batch.padded), infinity) {}
+
+  const Batch* batch;
+  AlignedBytes scratch;
+  std::vector<float> threshold, error, low, high;
+  bool stale = true;  // the cuts have moved since `threshold` was made
+  float norm = -1, scale = -1, shift = -1;
+};
+
 // One thread's own memory.
 struct Scan::Member {
   Member(const Scan& scan, int id, int thresholds)
-      : id(id),
-        scratch(scan.batch_.kernels.scratch_bytes(scan.gallery_.storage, scan.gallery_.dim)),
-        threshold(size_t(scan.batch_.padded), infinity),
-        error(size_t(scan.batch_.padded), 0.0f),
-        low(size_t(thresholds * scan.batch_.padded), infinity),
-        high(size_t(thresholds * scan.batch_.padded), infinity),
-        larger(size_t(thresholds * scan.batch_.padded), 0) {}
+      : id(id), values(scan.batch_, thresholds), larger(size_t(thresholds * scan.batch_.padded), 0) {
+    if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);
+  }
 
   int id;
-  AlignedBytes scratch;
-  std::vector<float> threshold, error, low, high;
+  Side values;
+  std::optional<Side> codes;
   std::vector<uint32_t> larger;
   std::vector<Candidate> buffer;  // [group][block_rows], when visiting
   std::vector<uint32_t> fill;     // [group]
-  int64_t visited = 0;
+  int64_t visited = 0;            // by the filter of values
   int base = 0;
   AlignedBytes dense{0};  // scratch for densely()
   int dense_blocks = 0;   // how many more to score whole
-  bool stale = true;  // the cuts have moved since `threshold` was made
-  float norm = -1, scale = -1, shift = -1;
+  int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time
 };
 
 std::vector<Scan::Member> Scan::members(int thresholds) {
@@ -103,14 +123,13 @@ void Scan::hand_over(Member& member, int first, int queries) {
   if (visit_ == nullptr) return;
   for (int q = 0; q < queries; ++q) {
     uint32_t& fill = member.fill[size_t(q)];
-    member.visited += fill;
     if (fill != 0) (*visit_)(member.id, first + q, member.buffer.data() + q * block_rows, fill);
     fill = 0;
   }
 }
 
-// A block in which something is not finite, or so large that the fast kernel could overflow.
-void Scan::carefully(const Block& block, Member& member) {
+// A block in which something is not finite, or so large that the fast kernel could overflow; queries from `first` on.
+void Scan::carefully(const Block& block, int first, Member& member) {
   for (int r = 0; r < block.count; ++r) {
     const std::string where = "gallery row " + std::to_string(block.first_row + r);
     if (block.scale && !(std::isfinite(block.scale[r]) && block.scale[r] >= 0))
@@ -118,7 +137,7 @@ void Scan::carefully(const Block& block, Member& member) {
     if (!finite_row(block.rows + r * block.stride, gallery_.storage, gallery_.dim))
       return refuse(block.first_row + r, where + ": wanted finite values, got NaN or infinity");
   }
-  for (int q = 0; q < batch_.count; ++q) {
+  for (int q = first; q < batch_.count; ++q) {
     member.base = q;
     for (int r = 0; r < block.count; ++r) {
       Candidate item{block.first_row + r, 0, 0};
@@ -139,10 +158,10 @@ void Scan::densely(const Block& block, Member& member) {
   float* scores = reinterpret_cast<float*>(dots + dense_values);
   double* scratch = reinterpret_cast<double*>(member.dense.data() + dense_bytes);
   for (int r = 0; r < block.count && block.scale != nullptr; ++r)
-    if (!(std::isfinite(block.scale[r]) && block.scale[r] >= 0)) return carefully(block, member);
+    if (!(std::isfinite(block.scale[r]) && block.scale[r] >= 0)) return carefully(block, 0, member);
   for (int first = 0; first < batch_.count; first += Batch::dense_group) {
     const int some = std::min(Batch::dense_group, batch_.count - first);
-    if (!batch_.dense(block, first, some, scratch, dots, scores)) return carefully(block, member);
+    if (!batch_.dense(block, first, some, scratch, dots, scores)) return carefully(block, 0, member);
     for (int q = 0; q < some; ++q) {
       const float* line = scores + q * block_rows;
       (*tally_)(member.id, first + q, line, block.count);
@@ -154,58 +173,105 @@ void Scan::densely(const Block& block, Member& member) {
   }
 }
 
-void Scan::set_thresholds(const Prepared& prepared, Member& member) const {
-  if (!member.stale && member.norm == prepared.largest_norm && member.scale == prepared.largest_scale &&
-      member.shift == prepared.largest_shift)
+void Scan::set_thresholds(Prepared& prepared, Side& side) const {
+  prepared.largest_norm = coarse(prepared.largest_norm);
+  prepared.largest_scale = coarse(prepared.largest_scale);
+  prepared.largest_shift = coarse(prepared.largest_shift);
+  if (!side.stale && side.norm == prepared.largest_norm && side.scale == prepared.largest_scale &&
+      side.shift == prepared.largest_shift)
     return;
-  member.stale = false;
-  member.norm = prepared.largest_norm;
-  member.scale = prepared.largest_scale;
-  member.shift = prepared.largest_shift;
-  batch_.bound(prepared, member.error.data());
+  side.stale = false;
+  side.norm = prepared.largest_norm;
+  side.scale = prepared.largest_scale;
+  side.shift = prepared.largest_shift;
+  side.batch->bound(prepared, side.error.data());
   for (int q = 0; q < batch_.count; ++q) {
-    const float error = member.error[size_t(q)];
+    const float error = side.error[size_t(q)];
     float lowest = cut_ != nullptr ? low(double((*cut_)[size_t(q)]), error) : infinity;
     for (int t = 0; t < threshold_count_; ++t) {
       const double threshold = thresholds_[int64_t(q) * threshold_count_ + t];
       const size_t at = size_t(t) * size_t(batch_.padded) + size_t(q);
-      member.low[at] = low(threshold, error);
-      member.high[at] = high(threshold, error);
-      lowest = std::fmin(lowest, member.low[at]);
+      side.low[at] = low(threshold, error);
+      side.high[at] = high(threshold, error);
+      lowest = std::fmin(lowest, side.low[at]);
     }
-    member.threshold[size_t(q)] = lowest;
+    side.threshold[size_t(q)] = lowest;
   }
 }
 
-void Scan::take(const Block& block, Member& member) {
+// Candidates of one block and the group of queries that begins at `first`. Returns how many there are.
+int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member) {
+  const Batch& batch = *side.batch;
+  Emission to{side.threshold.data(), side.error.data(), batch.offset.empty() ? nullptr : batch.offset.data(),
+              buffer_.get(), capacity_, fill_.data(), 0, high_water_, &full_, prepared.shift ? batch.weight.data() : nullptr};
+  if (visit_ != nullptr) {
+    to.buffer = member.buffer.data();
+    to.fill = member.fill.data();
+    to.base = first;
+    to.full = nullptr;
+  }
+  if (thresholds_ == nullptr)
+    return batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery_.dim, first, to);
+  const Counting counting{threshold_count_, side.low.data(), side.high.data(), member.larger.data()};
+  return batch.kernels.count(prepared, batch.panels.data(), batch.count, gallery_.dim, first, to, counting);
+}
+
+// By its codes. Returns the first query that must be taken without them: those for which codes say too little, and all of
+// a block whose numbers could leave the range of float.
+int Scan::take_codes(int64_t index, Member& member) {
+  if (member.uncoded_blocks > 0) {
+    --member.uncoded_blocks;
+    return 0;
+  }
+  Side& side = *member.codes;
+  Block block = gallery_.coded_block(index);
+  if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.coded_block(index + run_.team->size()).rows;
+  Prepared prepared;
+  codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
+                          &prepared);
+  if (codes_->overflows(prepared)) return 0;
+  // Counts compare with one threshold for all rows, which knows the block's largest shift; candidates bring their own.
+  if (thresholds_ == nullptr)
+    prepared.largest_shift = 0;
+  else
+    prepared.shift = nullptr;
+  set_thresholds(prepared, side);
+  for (int first = 0; first < batch_.count;) {
+    const int some = std::min(batch_.kernels.group(batch_.count - first), batch_.count - first);
+    const int64_t found = propose(prepared, first, side, member);
+    hand_over(member, first, some);
+    first += some;
+    // A candidate costs as much as some thousand products, or more where it is scored at once.
+    const int64_t dearer = std::max(1, (visit_ != nullptr ? 32768 : 8192) / gallery_.dim);
+    if (dearer * found > int64_t(block.count) * some && !always_codes_) {
+      member.uncoded_blocks = member.patience;
+      member.patience = std::min(2 * member.patience, 4096);
+      return first;
+    }
+  }
+  member.patience = 8;
+  return batch_.count;
+}
+
+void Scan::take(int64_t index, Member& member) {
+  Block block = gallery_.block(index);
+  if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.block(index + run_.team->size()).rows;
   if (tally_ != nullptr && (visit_ == nullptr || member.dense_blocks > 0)) {
     --member.dense_blocks;
     return densely(block, member);
   }
+  int first = codes_ != nullptr ? take_codes(index, member) : 0;
+  if (first == batch_.count) return;
   Prepared prepared;
-  batch_.kernels.prepare(block, gallery_.storage, batch_.panels.data(), batch_.count, gallery_.dim, member.scratch.data(),
+  batch_.kernels.prepare(block, gallery_.storage, batch_.panels.data(), batch_.count, gallery_.dim, member.values.scratch.data(),
                          &prepared);
-  if (batch_.overflows(prepared)) return carefully(block, member);
-  prepared.largest_norm = coarse(prepared.largest_norm);
-  prepared.largest_scale = coarse(prepared.largest_scale);
-  prepared.largest_shift = coarse(prepared.largest_shift);
-  set_thresholds(prepared, member);
-  Emission to{member.threshold.data(), member.error.data(), batch_.offset.empty() ? nullptr : batch_.offset.data(),
-              buffer_.get(), capacity_, fill_.data(), 0, high_water_, &full_};
-  if (visit_ != nullptr) {
-    to.buffer = member.buffer.data();
-    to.fill = member.fill.data();
-    to.full = nullptr;
-  }
-  const Counting counting{threshold_count_, member.low.data(), member.high.data(), member.larger.data()};
+  if (batch_.overflows(prepared)) return carefully(block, first, member);
+  set_thresholds(prepared, member.values);
   int64_t found = 0;
-  for (int first = 0; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
-    if (visit_ != nullptr) to.base = first;
-    if (thresholds_ != nullptr)
-      batch_.kernels.count(prepared, batch_.panels.data(), batch_.count, gallery_.dim, first, to, counting);
-    else
-      batch_.kernels.emit(prepared, batch_.panels.data(), batch_.count, gallery_.dim, first, to);
-    for (uint32_t fill : member.fill) found += fill;
+  for (; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
+    const int64_t some = propose(prepared, first, member.values, member);
+    found += some;
+    if (visit_ != nullptr) member.visited += some;
     hand_over(member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
   }
   // One by one, a candidate costs about eight times its share of a block scored as a whole, less so for few queries.
@@ -226,14 +292,15 @@ void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std
   next = begin;
   full_ = 0;
   bool interrupted = false;
-  for (Member& member : members) member.stale = true;
+  for (Member& member : members) {
+    member.values.stale = true;
+    if (member.codes) member.codes->stale = true;
+  }
   run_.team->run([&](int id) {
     while (!stop_ && __atomic_load_n(&full_, __ATOMIC_SEQ_CST) == 0) {
       const int64_t index = next.fetch_add(1);
       if (index >= end) break;
-      Block block = gallery_.block(index);
-      if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.block(index + run_.team->size()).rows;
-      take(block, members[size_t(id)]);
+      take(index, members[size_t(id)]);
       if (id == 0 && ++taken_ % 8 == 0 && time_to_ask() && run_.interrupted()) interrupted = stop_ = true;
     }
   });

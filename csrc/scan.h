@@ -36,7 +36,8 @@ struct Run {
 
 class Scan {
  public:
-  Scan(const Run& run, const Batch& batch) : run_(run), gallery_(batch.gallery), batch_(batch) {}
+  // codes: the same queries for the filter of codes, or null
+  Scan(const Run& run, const Batch& batch, const Batch* codes);
 
   // Gets the scores of one query and one block. Called by one member of the team at a time with that member's number.
   using Tally = std::function<void(int member, int query, const float* scores, int64_t count)>;
@@ -69,11 +70,14 @@ class Scan {
   static float high(double threshold, float error);
 
  private:
+  struct Side;
   struct Member;
   void stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next);
-  void take(const Block& block, Member& member);
-  void set_thresholds(const Prepared& prepared, Member& member) const;
-  void carefully(const Block& block, Member& member);
+  void take(int64_t index, Member& member);
+  int take_codes(int64_t index, Member& member);
+  void set_thresholds(Prepared& prepared, Side& side) const;
+  int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member);
+  void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
   void hand_over(Member& member, int first, int queries);
@@ -84,6 +88,8 @@ class Scan {
   const Run& run_;
   const Gallery& gallery_;
   const Batch& batch_;
+  const Batch* codes_;
+  bool always_codes_;  // even where they cost more than they save
 
   const std::vector<float>* cut_ = nullptr;
   const double* thresholds_ = nullptr;

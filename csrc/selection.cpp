@@ -40,8 +40,8 @@ float certain_floor(const Candidate* items, const Candidate* end, int64_t k, flo
 
 }  // namespace
 
-Selection::Selection(const Batch& batch, int64_t k, const Calibration* calibration, int64_t window)
-    : batch_(batch), k_(k), calibration_(calibration), window_(window),
+Selection::Selection(const Batch& batch, int64_t k, const Calibration* calibration, int64_t window, bool coarse)
+    : batch_(batch), k_(k), calibration_(calibration), window_(window), coarse_(coarse),
       wide_(size_t(batch.count), calibration != nullptr && calibration->b == 0) {}
 
 // k items are certainly as good as `cut`, so an item that is certainly worse can go; no re-scoring.
@@ -54,16 +54,32 @@ Candidate* Selection::drop_hopeless(int q, Candidate* items, Candidate* end, flo
   return std::partition(items, end, [&](const Candidate& item) { return item.score + item.error >= floor; });
 }
 
+// Canonical scores for those k that seem best: the cut then lies one error below the k-th best instead of two, and far
+// fewer get past it.
+Candidate* Selection::sharpen(int q, Candidate* items, Candidate* end, float& cut) const {
+  if (!coarse_ || end - items <= k_ + k_ / 4 + 16) return end;
+  Candidate* top = items + k_;
+  std::nth_element(items, top - 1, end, better);
+  Candidate* fresh = std::partition(items, top, [](const Candidate& item) { return item.error == 0; });
+  batch_.rescore(fresh, top - fresh, q);
+  const auto [kth, best] =
+      std::minmax_element(items, top, [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
+  const float floor = windowed(q) ? std::min(kth->score, calibration_->lowest(best->score)) : kth->score;
+  if (floor <= cut) return end;
+  cut = floor;
+  return std::partition(items, end, [&](const Candidate& item) { return item.score + item.error >= floor; });
+}
+
 uint32_t Selection::settle(int q, Candidate* items, uint32_t fill, float& cut) {
-  Candidate* end = drop_hopeless(q, items, items + fill, cut);
+  Candidate* end = sharpen(q, items, drop_hopeless(q, items, items + fill, cut), cut);
   // Usually the doubtful ones are few, and most of what is here now will have gone by the end: re-score later.
-  const int64_t most = windowed(q) ? keep() : k_ + k_ / 2 + 64;
+  const int64_t most = windowed(q) || coarse_ ? keep() : k_ + k_ / 2 + 64;
   if (end - items <= most) return uint32_t(end - items);
   return finish(q, items, uint32_t(end - items), cut);
 }
 
 uint32_t Selection::finish(int q, Candidate* items, uint32_t fill, float& cut) {
-  Candidate* end = drop_hopeless(q, items, items + fill, cut);
+  Candidate* end = sharpen(q, items, drop_hopeless(q, items, items + fill, cut), cut);
   Candidate* fresh = std::partition(items, end, [](const Candidate& item) { return item.error == 0; });
   batch_.rescore(fresh, end - fresh, q);
   if (end - items > k_) std::nth_element(items, items + (k_ - 1), end, better);

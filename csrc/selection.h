@@ -11,10 +11,12 @@ class Selection {
  public:
   // calibration: null to search only. window: the most items it keeps beside the top k; a query that would need more
   // is wide, keeps its top k alone, and has its weights summed in a second walk.
-  Selection(const Batch& batch, int64_t k, const Calibration* calibration, int64_t window);
+  // coarse: candidates come with such errors that it pays to score the best of them early.
+  Selection(const Batch& batch, int64_t k, const Calibration* calibration, int64_t window, bool coarse);
 
   // The most that settle() leaves.
-  int64_t keep() const { return k_ + std::max(window_, k_ / 2 + 64); }
+  int64_t keep() const { return kept(k_, window_, coarse_); }
+  static int64_t kept(int64_t k, int64_t window, bool coarse) { return k + std::max(window, coarse ? 4 * k + 64 : k / 2 + 64); }
   bool wide(int q) const { return wide_[size_t(q)]; }
 
   // Drops what has k better items or no weight, returns how many are left and raises the cut. A prefix's k-th best
@@ -26,12 +28,14 @@ class Selection {
 
  private:
   Candidate* drop_hopeless(int q, Candidate* items, Candidate* end, float& cut) const;
+  Candidate* sharpen(int q, Candidate* items, Candidate* end, float& cut) const;
   bool windowed(int q) const { return calibration_ != nullptr && !wide(q); }
 
   const Batch& batch_;
   const int64_t k_;
   const Calibration* calibration_;
   const int64_t window_;
+  const bool coarse_;
   std::vector<char> wide_;
 };
 

@@ -25,14 +25,16 @@ def worlds(draw: st.DrawFn):
     return queries, gallery, {"k": k, "inv_tau": inv_tau, "b": b}
 
 
-def check_against_the_reference(world, window: int, batch: int, threads: int, cuts: list[int]) -> None:
+def check_against_the_reference(
+    world, window: int, batch: int, threads: int, cuts: list[int], prepare=lambda shards: shards
+) -> None:
     queries, gallery, arguments = world
     want = similarity.attribute(queries, gallery, impl="reference", **arguments)
     before = similarity.WINDOW_CAP, similarity.QUERY_BATCH
     try:
         similarity.WINDOW_CAP, similarity.QUERY_BATCH = window, batch
         shards = np.split(gallery, sorted(cut % (len(gallery) + 1) for cut in cuts))
-        got = similarity.attribute(queries, shards, impl="cpu", threads=threads, **arguments)
+        got = similarity.attribute(queries, prepare(shards), impl="cpu", threads=threads, **arguments)
     finally:
         similarity.WINDOW_CAP, similarity.QUERY_BATCH = before
     np.testing.assert_array_equal(got.ids, want.ids)

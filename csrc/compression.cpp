@@ -1,0 +1,71 @@
+#include "compression.h"
+
+#include <limits>
+#include <numeric>
+
+namespace attribution {
+
+void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& out) {
+  Team team(int(std::max<int64_t>(1, std::min<int64_t>(threads, gallery.blocks()))));
+  const InstructionSet& set = *choose_instruction_set();
+  std::vector<double> middle(size_t(padded_dim(gallery.dim)), 0.0);
+  std::copy(center, center + gallery.dim, middle.begin());
+  std::atomic<int64_t> next{0}, refused{gallery.rows()};
+  std::atomic<bool> stop{false};
+  bool stopped = false;
+  team.run([&](int member) {
+    std::vector<double> scratch(middle.size() * block_rows);
+    for (int64_t index, taken = 0; !stop && (index = next.fetch_add(1)) < gallery.blocks(); ++taken) {
+      const Block block = gallery.block(index);
+      const int64_t at = block.first_row;
+      const int done = set.encode(block, gallery.storage, middle.data(), gallery.dim, scratch.data(),
+                                  out.codes + at * code_bytes(gallery.dim), out.step + at, out.residual + at, out.norm + at);
+      if (done < block.count) {
+        // Blocks are begun in order and finished once begun: the lowest row found is the first there is.
+        int64_t lowest = refused;
+        while (at + done < lowest && !refused.compare_exchange_weak(lowest, at + done)) {
+        }
+        stop = true;
+      }
+      if (member == 0 && taken % 64 == 63 && interrupted && interrupted()) stopped = stop = true;
+    }
+  });
+  if (stopped) throw Interrupted();
+  if (refused < gallery.rows())
+    throw std::invalid_argument("gallery row " + std::to_string(refused) + ": wanted finite values, got NaN or infinity");
+}
+
+void coded_scores(const Gallery& gallery, const Queries& queries, float* scores, float* errors) {
+  const InstructionSet& set = *choose_instruction_set();
+  std::fill(scores, scores + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
+  std::fill(errors, errors + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
+  if (queries.count == 0 || !Batch::has_codes(set, gallery, queries.count)) return;
+  std::vector<int64_t> rows(size_t(queries.count));
+  std::iota(rows.begin(), rows.end(), 0);
+  const Batch batch(set, gallery, queries.values, rows, queries.offset, Filter::codes);
+  AlignedBytes scratch(batch.kernels.scratch_bytes(gallery.storage, gallery.dim));
+  const std::vector<float> threshold(size_t(batch.padded), -std::numeric_limits<float>::infinity());
+  std::vector<float> error(size_t(batch.padded));
+  std::vector<Candidate> items(size_t(batch.padded) * block_rows);
+  for (int64_t index = 0; index < gallery.blocks(); ++index) {
+    std::vector<uint32_t> fill(size_t(batch.padded), 0);
+    Prepared prepared;
+    batch.kernels.prepare(gallery.coded_block(index), gallery.storage, batch.panels.data(), batch.count, gallery.dim,
+                          scratch.data(), &prepared);
+    if (batch.overflows(prepared)) continue;
+    prepared.largest_shift = 0;  // candidates bring their own
+    batch.bound(prepared, error.data());
+    const Emission to{threshold.data(), error.data(), batch.offset.data(), items.data(),        block_rows,
+                      fill.data(),      0,            0,                   nullptr,             batch.weight.data()};
+    for (int first = 0; first < batch.count; first += batch.kernels.group(batch.count - first))
+      batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery.dim, first, to);
+    for (int q = 0; q < batch.count; ++q)
+      for (uint32_t i = 0; i < fill[size_t(q)]; ++i) {
+        const Candidate& item = items[size_t(q) * block_rows + i];
+        scores[q * gallery.rows() + item.row] = item.score;
+        errors[q * gallery.rows() + item.row] = item.error;
+      }
+  }
+}
+
+}  // namespace attribution

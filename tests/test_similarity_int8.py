@@ -1,0 +1,336 @@
+"""A compressed gallery answers with the bits of the gallery itself, and its error bound is certified."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attribution import parts, similarity
+from tests import oracle
+from tests.test_similarity import SHARP, assert_same
+from tests.test_similarity_properties import check_against_the_reference, walks, worlds
+
+# The most queries for which each reads codes: beyond, values filter as fast.
+MOST_CODED = {"avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
+LANES = {"avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
+ISAS = similarity.load_extension().instruction_sets()
+SETTINGS = (
+    {"k": 10, "inv_tau": 16.0, "b": -0.04},  # few have weight
+    {"k": 3, "inv_tau": 2.0, "b": -0.9},  # many do
+    {"k": 10, "inv_tau": 5.0, "b": 0.0},  # all do
+)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    """Each instruction set, asking the codes of every block even where that costs more than it saves."""
+    monkeypatch.setenv("ATTRIBUTION_ISA", request.param)
+    monkeypatch.setenv("ATTRIBUTION_CODES", "always")
+    return request.param
+
+
+def assert_same_answers(queries, gallery, settings=SETTINGS, compressed=None, **arguments) -> None:
+    compressed = similarity.compress(gallery) if compressed is None else compressed
+    for chosen in settings:
+        want = similarity.attribute(queries, gallery, **chosen, **arguments)
+        assert_same(want, similarity.attribute(queries, compressed, **chosen, **arguments))
+    levels = want.scores[:, :3].astype(np.float64)
+    levels = np.concatenate([np.where(np.isfinite(levels), levels, 0), np.zeros((len(levels), 1))], axis=1)
+    for or_equal in (False, True):
+        np.testing.assert_array_equal(
+            *[
+                similarity.count_larger(queries, one, levels, or_equal=or_equal, **arguments)
+                for one in (gallery, compressed)
+            ]
+        )
+    ids = want.ids[:, ::-1]
+    scores = [similarity.canonical_scores(queries, one, ids, **arguments) for one in (gallery, compressed)]
+    np.testing.assert_array_equal(*scores)
+
+
+def awkward(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """Rows of every size, with an outlier, or all alike, or of zeros, or too small for a normal number."""
+    gallery = rng.standard_normal((rows, dim)).astype(np.float32)
+    gallery[::7] = oracle.unit(gallery[::7])
+    gallery[1::7, 0] *= np.float32(1e6)
+    gallery[2::7] *= np.float32(1e-41)
+    gallery[3::7] = 0
+    gallery[4::7] = gallery[4]
+    gallery[5::7] *= np.float32(1e12)
+    return gallery
+
+
+@pytest.mark.parametrize("dim", [1, 7, 65, 513])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 33])
+def test_every_size_gives_the_same_bits(isa: str, count: int, dim: int) -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(dim * count), count, 997, dim)
+    assert_same_answers(queries, gallery)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_storage_type_scale_offset_and_shards(isa: str, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(1)
+    queries, gallery = oracle.planted(rng, 11, 1203, 40)
+    shards = torch.from_numpy(gallery).to(dtype).split([0, 95, 97, 1000, 11])
+    scale = rng.uniform(0.5, 2, len(gallery)).astype(np.float32)
+    scale[::50] = 0
+    offset = rng.standard_normal(len(queries)).astype(np.float32)
+    for some in (slice(None), slice(2)):
+        assert_same_answers(queries[some], list(shards), scale=scale, offset=offset[some])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e15])
+@pytest.mark.parametrize("count", [2, 20])
+def test_awkward_rows_give_the_same_bits(isa: str, count: int, size: float) -> None:
+    rng = np.random.default_rng(2)
+    gallery = awkward(rng, 700, 24)
+    queries = (rng.standard_normal((count, 24)) * size).astype(np.float32)
+    queries[0] = 0
+    largest = float(np.abs(queries @ gallery.T).max())
+    settings = [chosen | {"inv_tau": chosen["inv_tau"] / largest} for chosen in SETTINGS]
+    assert_same_answers(queries, gallery, settings)
+
+
+def test_neighbours_closer_than_a_code_can_tell_keep_their_order(isa: str) -> None:
+    rng = np.random.default_rng(3)
+    queries = oracle.unit(rng.standard_normal((9, 64)))
+    gallery = oracle.unit(rng.standard_normal((3000, 64)))
+    for q, query in enumerate(queries):  # differing in the last bits of a float
+        near = 100 + 200 * q + np.arange(40)
+        gallery[near] = query * np.float32(0.9) + rng.standard_normal((40, 64)).astype(np.float32) * 1e-7
+    assert_same_answers(queries, gallery)
+    assert_same_answers(queries[:1], gallery)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("count", [1, 40])
+def test_rows_whose_codes_say_nothing_fall_back(always: bool, count: int, monkeypatch) -> None:
+    monkeypatch.setenv("ATTRIBUTION_CODES", "always" if always else "")
+    rng = np.random.default_rng(4)
+    gallery = rng.standard_normal((9000, 48)).astype(np.float32)
+    gallery[2000:6000, 7] = 1000
+    queries = rng.standard_normal((count, 48)).astype(np.float32)
+    settings = [chosen | {"inv_tau": chosen["inv_tau"] / 50} for chosen in SETTINGS]
+    for threads in (1, 3):
+        assert_same_answers(queries, gallery, settings)
+        compressed = similarity.compress(gallery, threads=threads)
+        for chosen in settings:
+            want = similarity.attribute(queries, gallery, **chosen)
+            assert_same(want, similarity.attribute(queries, compressed, threads=threads, **chosen))
+
+
+def test_a_window_too_wide_to_keep_gives_the_same_bits(isa: str, monkeypatch) -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(5), 6, 4001, 48)
+    monkeypatch.setattr(similarity, "WINDOW_CAP", 3)
+    assert_same_answers(queries, gallery)
+
+
+KINDS = ("random", "awkward", "alike", "huge queries", "offset", "aligned", "extreme", "orthogonal")
+
+
+def lost(queries: np.ndarray, levels: int) -> np.ndarray:
+    """What rounding to so many codes takes from queries."""
+    steps = np.abs(queries).max(axis=1, keepdims=True) / levels
+    return (queries - steps * np.rint(queries / steps)).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 4, 37])
+@pytest.mark.parametrize("dim", [1, 200, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: int) -> None:
+    rng = np.random.default_rng(dim + count)
+    rows = 150
+    gallery = rng.standard_normal((rows, dim)).astype(np.float32)
+    queries = rng.standard_normal((count, dim)).astype(np.float32)
+    offset = None
+    if kind == "awkward":
+        gallery = awkward(rng, rows, dim)
+        queries[:, 0] *= 1e4
+    elif kind == "alike":  # far from the origin and near each other: the center takes nearly all of them
+        gallery = (1e4 + 1e-3 * gallery).astype(np.float32)
+    elif kind == "huge queries":
+        queries *= np.float32(1e12)
+    elif kind == "offset":
+        offset = (-1e5 * rng.random(count)).astype(np.float32)
+    elif (
+        kind == "aligned" and dim > 1
+    ):  # with what the codes of the queries miss, where Cauchy and Schwarz agree
+        levels = 127 if count > 8 else min(32767, (1 << 23) * LANES[isa] // (-(-dim // 64) * 64))
+        missing = lost(queries, levels)[np.arange(rows // 2) % count]
+        missing = np.rint(missing * (127 / np.abs(missing).max(axis=1, keepdims=True)))  # codes of themselves
+        gallery = np.concatenate([missing, -missing])
+    elif kind == "extreme":  # sums of products as large as they come
+        gallery = (
+            np.sign(gallery[:, :1]) * np.ones((rows, dim), np.float32) * (np.arange(rows) % 3 > 0)[:, None]
+        )
+        queries = np.ones((count, dim), np.float32)
+    elif kind == "orthogonal":  # all rows at the center, and scores of nothing but double's roundings
+        gallery[:] = gallery[0]
+        order = rng.permutation(dim)
+        i, j = order[: dim // 2], order[dim // 2 : dim // 2 * 2]
+        queries[:] = 0
+        queries[:, i], queries[:, j] = gallery[0, j], -gallery[0, i]
+    scale = rng.uniform(0, 3, rows).astype(np.float32)
+    call = similarity.Call(queries, similarity.compress(gallery), scale, offset, "cpu", 1)
+    coded, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
+    if count > MOST_CODED[isa]:
+        assert np.isnan(coded).all()
+        return
+    exact = similarity.canonical_scores(
+        queries, gallery, np.tile(np.arange(rows), (count, 1)), scale=scale, offset=offset
+    )
+    error = np.abs(coded.astype(np.float64) - exact.astype(np.float64))
+    assert (error <= bounds).all()
+    if kind == "random" and dim >= 64:  # and it is no idle one
+        lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(gallery, axis=1) * scale
+        assert (bounds < 0.025 * lengths.max(axis=1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
+    rng = np.random.default_rng(6)
+    for dim in (1, 9, 130):
+        gallery = awkward(rng, 400, dim)
+        if storage == "float16":
+            gallery = np.clip(gallery, -6e4, 6e4).astype(np.float16)
+        got = similarity.compress(gallery)
+        wide = np.longdouble
+        codes = got.codes[:, :dim].astype(wide) - 128
+        assert (got.codes[:, dim:] == 128).all()
+        centered = gallery.astype(wide) - got.center.astype(wide)
+        kept = got.steps[:, None].astype(wide) * codes
+        assert (got.residuals >= np.sqrt(((centered - kept) ** 2).sum(axis=1))).all()
+        assert (got.norms >= np.sqrt((kept**2).sum(axis=1))).all()
+        assert (got.norms >= np.sqrt((centered**2).sum(axis=1))).all()
+        # Half a step at most, where a step is a number at all.
+        normal = got.steps > 1e-37
+        assert (got.residuals[normal] <= 0.5001 * np.sqrt(dim) * got.steps[normal]).all()
+
+
+def test_the_gallery_is_read_in_place(tmp_path) -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(7), 3, 2000, 64)
+    np.save(tmp_path / "rows.npy", gallery)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    compressed = similarity.compress(mapped)
+    assert compressed.gallery is mapped
+    assert compressed.nbytes == 2000 * (64 + 12) + 4 * 64
+    assert compressed.codes.ctypes.data % 64 == 0
+    assert similarity.compress(compressed) is compressed
+    assert_same_answers(queries, gallery, compressed=compressed)
+    assert_same(
+        similarity.attribute(queries, gallery, k=3, impl="reference", **SHARP),
+        similarity.attribute(queries, compressed, k=3, impl="reference", **SHARP),
+    )
+
+
+@pytest.mark.parametrize("b", [-0.04, -0.9, 0.0])
+def test_parts_of_compressed_shards_make_the_same_whole(b: float, monkeypatch) -> None:
+    monkeypatch.setenv("ATTRIBUTION_CODES", "always")
+    monkeypatch.setattr(similarity, "WINDOW_CAP", 20)
+    queries, gallery = oracle.planted(np.random.default_rng(8), 5, 1500, 32)
+    want = similarity.attribute(queries, gallery, k=7, inv_tau=16.0, b=b)
+    shards = [(begin, similarity.compress(gallery[begin : begin + 500])) for begin in (0, 500, 1000)]
+    found = [
+        parts.retrieve_part(queries, shard, first_row=begin, k=7, inv_tau=16.0, b=b)
+        for begin, shard in shards
+    ]
+    whole = parts.merge(*found)
+    mass = None
+    if whole.needs_mass.any():
+        mass = parts.sum_of(parts.weigh(queries, shard, whole) for _, shard in shards)
+    assert_same(want, parts.conclude(whole, mass))
+
+
+def test_a_gpu_gets_the_gallery_itself(monkeypatch) -> None:
+    rows = np.ones((3, 4), np.float32)
+    seen = []
+
+    class Module:
+        def canonical_scores(self, queries, gallery, ids, **rest):
+            seen.append(gallery)
+            return np.zeros(ids.shape, np.float32)
+
+    monkeypatch.setattr(similarity, "load_cuda", Module)
+    similarity.canonical_scores(rows, similarity.compress(rows), np.zeros((3, 1), int), impl="cuda")
+    assert seen[0] is rows
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, 10), (3, 0), (0, 0)])
+def test_nothing_in_nothing_out(count: int, rows: int) -> None:
+    queries, gallery = np.ones((count, 4), np.float32), np.ones((rows, 4), np.float32)
+    assert_same_answers(queries, gallery)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_row_that_is_not_finite_is_named(isa: str, value: float, dtype: type) -> None:
+    gallery: np.ndarray = np.ones((900, 5), dtype)
+    gallery[[700, 850], 3] = value
+    with pytest.raises(ValueError, match=r"gallery row 700: wanted finite values, got NaN or infinity"):
+        similarity.compress([gallery[:100], gallery[100:]])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_a_scale_that_is_no_scale_is_named(isa: str, value: float) -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(9), 3, 900, 8)
+    scale = np.ones(900, np.float32)
+    scale[700] = value
+    with pytest.raises(ValueError, match=r"gallery row 700: wanted a finite scale >= 0, got "):
+        similarity.attribute(queries, similarity.compress(gallery), k=2, scale=scale, **SHARP)
+
+
+def test_the_longest_rows_overflow_nothing(isa: str) -> None:
+    dim = 65536
+    gallery = np.array([[1.0], [-1.0], [0.0], [0.5]], np.float32) * np.ones((4, dim), np.float32)
+    queries = np.tile(np.ones(dim, np.float32), (9, 1))
+    queries[1] = -1
+    for count in (1, 2, 9):
+        assert_same_answers(queries[:count], gallery, [{"k": 2, "inv_tau": 1e-4, "b": -0.5}])
+
+
+def test_a_score_beyond_float32_is_named(isa: str) -> None:
+    gallery = np.full((300, 4), 1e-3, np.float32)
+    gallery[123] = 1e30
+    queries = np.full((2, 4), 1e20, np.float32)
+    for one in (gallery, similarity.compress(gallery)):
+        with pytest.raises(ValueError, match="query row 0 and gallery row 123: their score is beyond"):
+            similarity.search(queries, one, k=2)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    rows = np.ones((9, 4), np.float32)
+    with pytest.raises(TypeError, match="gallery: wanted float32, float16 or bfloat16, got float64"):
+        similarity.compress(rows.astype(float))
+    with pytest.raises(ValueError, match=r"gallery shard 1: wanted dim 4 as shard 0 has, got \[9, 3\]"):
+        similarity.compress([rows, rows[:, :3]])
+    with pytest.raises(ValueError, match="gallery: wanted dim <= 65536 to compress, got 65537"):
+        similarity.compress(np.zeros((1, 65537), np.float32))
+    with pytest.raises(ValueError, match="threads: wanted an integer >= 1, got 0"):
+        similarity.compress(rows, threads=0)
+    compressed = similarity.compress(rows)
+    with pytest.raises(ValueError, match=r"gallery: wanted dim 5 as queries \[1, 5\] have, got \[9, 4\]"):
+        similarity.search(np.ones((1, 5), np.float32), compressed, k=1)
+    other = dataclasses.replace(compressed, gallery=rows[:8])
+    with pytest.raises(ValueError, match="gallery: compressed with 9 rows but has 8; do: compress it again"):
+        similarity.search(rows[:1], other, k=1)
+
+
+def check_compressed(world, window: int, batch: int, threads: int, cuts: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTRIBUTION_CODES", "always")
+        check_against_the_reference(world, window, batch, threads, cuts, similarity.compress)
+
+
+@settings(max_examples=60, deadline=None)
+@given(world=worlds(), **{name: walks[name] for name in walks})
+def test_any_walk_over_any_compressed_world(world, window, batch, threads, cuts) -> None:
+    check_compressed(world, window, batch, threads, cuts)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10_000, deadline=None)
+@given(world=worlds(), **{name: walks[name] for name in walks})
+def test_ten_thousand_walks_over_compressed_worlds(world, window, batch, threads, cuts) -> None:
+    check_compressed(world, window, batch, threads, cuts)
