@@ -62,6 +62,17 @@ extern "C" double bfloat16_peak(int64_t rounds) {
 #endif
 }
 
+extern "C" double int8_peak(int64_t rounds) {
+#if defined(__AVX512VNNI__)
+  const double begin = thread_seconds();
+  for (int64_t i = 0; i < rounds; ++i) asm volatile(TWELVE("vpdpbusd", "zmm")::: CLOBBERED);
+  return double(rounds) * 12 * 64 / (thread_seconds() - begin) * 1e-9;
+#else
+  (void)rounds;
+  return 0;
+#endif
+}
+
 // Reads [begin, begin + bytes) once, asking for lines `ahead` bytes before they are needed (0: leaving that to the
 // hardware); returns processor seconds.
 extern "C" double read_seconds(const unsigned char* begin, int64_t bytes, int64_t ahead) {

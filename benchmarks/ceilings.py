@@ -21,6 +21,7 @@ class Ceilings:
 
     float32_gmacs: float
     bfloat16_gmacs: float  # 0: no such instruction
+    int8_gmacs: float  # likewise
     read_gb: float
     read_gb_all_threads: float
     threads: int
@@ -35,7 +36,7 @@ def _library() -> ctypes.CDLL:
     subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", SOURCE, "-o", target], check=True)
     library = ctypes.CDLL(target)
     shutil.rmtree(folder)
-    for name in ("float32_peak", "bfloat16_peak"):
+    for name in ("float32_peak", "bfloat16_peak", "int8_peak"):
         getattr(library, name).restype = ctypes.c_double
         getattr(library, name).argtypes = [ctypes.c_int64]
     library.read_seconds.restype = ctypes.c_double
@@ -70,6 +71,7 @@ def measure(threads: int, repeats: int = 7, megabytes: int = 512) -> Ceilings:
     return Ceilings(
         float32_gmacs=max(library.float32_peak(2_000_000) for _ in range(repeats)),
         bfloat16_gmacs=max(library.bfloat16_peak(2_000_000) for _ in range(repeats)),
+        int8_gmacs=max(library.int8_peak(2_000_000) for _ in range(repeats)),
         read_gb=max(one) / 1e9,
         read_gb_all_threads=max(several) / 1e9,
         threads=threads,

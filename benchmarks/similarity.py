@@ -4,7 +4,8 @@
 
 Each figure is the least of several attempts: wall time, and processor time of all threads, which other
 processes disturb less. Beside it stands the fraction of this machine's own limit: the time to read the
-gallery once, or to do its multiply-adds at peak, whichever is longer.
+gallery once, or to do its multiply-adds at peak, whichever is longer. preparation_seconds is what a method
+did to the float32 gallery before the first query.
 """
 
 import argparse
@@ -38,8 +39,8 @@ def fraction_of_limit(
     """The limit divided by the time taken, by the clock on the wall and by that of the processors."""
     rows, dim, queries = shape
     gigabytes = rows * dim * method.bytes_per_value / 1e9
-    has_bfloat16 = method.arithmetic == "bfloat16" and limits.bfloat16_gmacs > 0
-    peak = limits.bfloat16_gmacs if has_bfloat16 else limits.float32_gmacs
+    peaks = {"float32": limits.float32_gmacs, "bfloat16": limits.bfloat16_gmacs, "int8": limits.int8_gmacs}
+    peak = peaks[method.arithmetic] or limits.float32_gmacs
     arithmetic = rows * dim * queries / 1e9 / peak if peak else 0.0
     memory, memory_all = gigabytes / limits.read_gb, gigabytes / limits.read_gb_all_threads
     return {
@@ -63,12 +64,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for dim in options.dims:
         gallery, all_queries = unit_rows(rng, options.rows, dim), unit_rows(rng, max(options.queries), dim)
         chosen = [method for method in methods() if not options.only or options.only in method.name]
-        searches = {method.name: method.build(gallery, options.threads) for method in chosen}
+        searches, preparation = {}, {}
+        for method in chosen:
+            begin = time.perf_counter()
+            searches[method.name] = method.build(gallery, options.threads)
+            preparation[method.name] = time.perf_counter() - begin
         for count in options.queries:
             for k in options.k:
-                rows += measure_case(
-                    options, limits, chosen, searches, (options.rows, dim, count), all_queries, k
-                )
+                shape = (options.rows, dim, count)
+                found = measure_case(options, limits, chosen, searches, shape, all_queries, k)
+                rows += [row | {"preparation_seconds": preparation[row["method"]]} for row in found]
     return {
         "machine": machine(),
         "ceilings": vars(limits),
@@ -149,8 +154,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 6))
     axes.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
     intensity = np.geomspace(0.2, 1024, 200)
-    for name, peak in (("float32", limits["float32_gmacs"]), ("bfloat16", limits["bfloat16_gmacs"])):
-        if peak:
+    for name in ("float32", "bfloat16", "int8"):
+        if peak := limits[f"{name}_gmacs"]:
             axes.plot(
                 intensity, np.minimum(intensity * limits["read_gb"], peak), label=f"limit, {name}", lw=1
             )

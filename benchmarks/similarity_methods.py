@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ class Method:
     name: str
     bytes_per_value: int  # of the gallery as it reads it
     influence: bool
-    arithmetic: str  # whose peak bounds it: float32 | bfloat16
+    arithmetic: str  # whose peak bounds it: float32 | bfloat16 | int8
     build: Callable[[np.ndarray, int], Search]  # (gallery in float32, threads) -> search
 
 
-def _ours(storage: str, influence: bool) -> Callable[[np.ndarray, int], Search]:
+def _ours(storage: str, influence: bool, compressed: bool = False) -> Callable[[np.ndarray, int], Search]:
     def build(gallery: np.ndarray, threads: int) -> Search:
         dtype = getattr(torch, storage)
-        held = torch.from_numpy(gallery).to(dtype)
+        held: Any = torch.from_numpy(gallery).to(dtype)
+        if compressed:
+            held = similarity.compress(held, threads=threads)
 
         def search(queries: np.ndarray, k: int) -> np.ndarray:
             asked = torch.from_numpy(queries).to(dtype)
@@ -109,6 +112,7 @@ def methods() -> list[Method]:
     """All that can run here; this project's first."""
     found = [
         Method("ours bfloat16", 2, True, "bfloat16", _ours("bfloat16", True)),
+        Method("ours int8 beside bfloat16", 1, True, "int8", _ours("bfloat16", True, compressed=True)),
         Method("ours bfloat16, search only", 2, False, "bfloat16", _ours("bfloat16", False)),
         Method("ours float16", 2, True, "bfloat16", _ours("float16", True)),
         Method("ours float32", 4, True, "float32", _ours("float32", True)),
