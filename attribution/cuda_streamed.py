@@ -38,7 +38,7 @@ class Streamed:
     def slabs(self) -> Iterator[tuple[Rows, float]]:
         """Each slab with the bound of Rows.largest. The next one is on its way while one is worked on."""
         copiers = min(MOST_COPIERS, similarity.threads_allowed())
-        with ThreadPoolExecutor(1) as sender, ThreadPoolExecutor(copiers) as pool:
+        with ThreadPoolExecutor(copiers) as pool, ThreadPoolExecutor(1) as sender:
             yield from self._sent(sender, pool, copiers)
 
     def _sent(
