@@ -70,8 +70,10 @@ def work_of(params: Path) -> list[Work]:
         Work("synthesize", synthesized, "images"),
     ]
     for name in features.backbones:
-        width = 2 if features.settings_of(name).dtype == "float16" else 4
-        work.append(Work(f"featurize@{name}", pictures, "images", pictures, width))
+        settings = features.settings_of(name)
+        encoded = pictures - (scale.distractors if settings.ready_distractors else 0)
+        width = 2 if settings.dtype == "float16" else 4
+        work.append(Work(f"featurize@{name}", encoded, "images", encoded, width))
     pairs = scale.models("train") * per_model * mapping.epochs
     asked = calibrating.queries_per_model * scale.models("val")
     for stage, items, unit in (

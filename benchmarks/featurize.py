@@ -14,14 +14,16 @@ environment and `pip install --no-deps` clip-retrieval and what its import asks 
 shape of its loop, written out: a PyTorch DataLoader whose worker processes apply the library's own transform,
 then encode_image, vectors to numpy; that is not clip-retrieval.
 
-Rounds take turns, the best of each counts, and a round's processor seconds, which another job on the machine
-disturbs less. Prints a table and writes benchmarks/results/featurize.json; with --record, the rate also goes
+Both are timed whole, and as loaders alone, which is what a GPU waits for. Rounds take turns, the best of each
+counts, and a round's processor seconds, which another job on the machine disturbs less. Prints a table (the
+loaders alone below) and writes benchmarks/results/featurize.json; with --record, the rate also goes
 to the cost sheet (benchmarks.rates).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -30,7 +32,7 @@ import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ from attribution.files import write_json
 from attribution.images import decode_image, write_image_table
 from attribution.params import load_params, read_yaml
 from benchmarks.rates import Rate, machine, record
-from stages.featurize import ShardStore, grouped, read_encoded
+from stages.featurize import ShardStore, grouped, pixels_ahead, read_encoded
 
 RESULTS = Path(__file__).parent / "results"
 PEER = Path(__file__).with_name("featurize_peer.py")
@@ -103,16 +105,22 @@ class Round:
     cpu_seconds: float
 
 
-Loop = Callable[[], Round]
+# Of all, or (True) of the loader alone: decoded and resized, as a GPU waits for it.
+Loop = Callable[[bool], Round]
 
 
-def ours(backbone: Backbone, table: Path, shard_rows: int, workers: int) -> Round:
+def ours(backbone: Backbone, table: Path, shard_rows: int, workers: int, loader_alone: bool) -> Round:
     """All pictures of the table through the stage's own path, shards written to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         started, used = time.perf_counter(), cpu_seconds()
         store = ShardStore(Path(folder), backbone, workers)
         for batch in grouped(read_encoded(table), shard_rows):
-            store.shard_of(batch, lambda count: None)
+            if loader_alone:
+                collections.deque(
+                    pixels_ahead(batch, backbone.preprocessing, backbone.batch_size, workers), 0
+                )
+            else:
+                store.shard_of(batch, lambda count: None)
         return Round(time.perf_counter() - started, cpu_seconds() - used)
 
 
@@ -130,8 +138,8 @@ def clip_retrieval(
         if versions is None:
             raise RuntimeError(f"{python}: wanted a Python with clip-retrieval; what it lacks stands above")
 
-        def loop() -> Round:
-            told.write("\n")
+        def loop(loader_alone: bool) -> Round:
+            told.write("loader\n" if loader_alone else "\n")
             told.flush()
             return Round(**json.loads(answers.readline()))
 
@@ -147,7 +155,7 @@ def loop_written_out(
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
 
-    def loop() -> Round:
+    def loop(loader_alone: bool) -> Round:
         started, used = time.perf_counter(), cpu_seconds()
         loader: Any = torch.utils.data.DataLoader(
             Pictures(encoded, transform), batch_size=batch_size, num_workers=workers, pin_memory=on_gpu
@@ -155,10 +163,12 @@ def loop_written_out(
         vectors = []
         with torch.inference_mode():
             for batch in loader:
+                if loader_alone:
+                    continue
                 inputs = batch.to(device)
                 features = encode(inputs.half() if on_gpu else inputs)
                 vectors.append((features / features.norm(dim=-1, keepdim=True)).cpu().numpy())
-        assert len(np.concatenate(vectors)) == len(encoded)
+        assert loader_alone or len(np.concatenate(vectors)) == len(encoded)
         return Round(time.perf_counter() - started, cpu_seconds() - used)
 
     return loop
@@ -207,33 +217,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         pixels = backbone.preprocessing.pixels([decode_image(one) for one in encoded[:batch_size]])
         backbone.encode_pixels(pixels)
         peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        loops: dict[str, Loop] = {"ours": lambda: ours(backbone, table, shard_rows, options.workers)}
+        loops: dict[str, Loop] = {
+            "ours": lambda alone: ours(backbone, table, shard_rows, options.workers, alone)
+        }
         versions = {"torch": str(torch.__version__)}
         more = {"batch_size": batch_size, "workers": options.workers}
         if options.peer_python:
             started = clip_retrieval(options.peer_python, str(settings.model), folder / "pictures", **more)
             loops["clip-retrieval"], versions = stack.enter_context(started)
-            loops["clip-retrieval"]()  # as ours was warmed
+            loops["clip-retrieval"](False)  # as ours was warmed
         else:
             loops["loop written out"] = loop_written_out(settings, encoded, **more)
-        found: dict[str, list[Round]] = {name: [] for name in loops}
-        for _ in range(options.rounds):
-            for name, loop in loops.items():
-                found[name].append(loop())
-    best = {name: min(one.seconds for one in rounds) for name, rounds in found.items()}
-    least_cpu = {name: min(one.cpu_seconds for one in rounds) for name, rounds in found.items()}
-    rows = [
-        {
-            "loop": name,
-            "images_per_second": round(options.images / best[name], 2),
-            "cpu_ms_per_image": round(1000 * least_cpu[name] / options.images, 2),
-            "ours_over_it": round(best[name] / best["ours"], 3),
-            "ours_over_it_cpu": round(least_cpu[name] / least_cpu["ours"], 3),
-            "all_seconds": [round(one.seconds, 3) for one in rounds],
-            "all_cpu_seconds": [round(one.cpu_seconds, 3) for one in rounds],
-        }
-        for name, rounds in found.items()
-    ]
+        found: dict[bool, dict[str, list[Round]]] = {}
+        for alone in (False, True):
+            found[alone] = {name: [] for name in loops}
+            for _ in range(options.rounds):
+                for name, loop in loops.items():
+                    found[alone][name].append(loop(alone))
     return {
         "backbone": options.backbone,
         "model": settings.model,
@@ -248,8 +248,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": peak_bytes,
         "dim": backbone.space.dim,
         "versions": versions,
-        "rows": rows,
+        "rows": rows_of(found[False], options.images),
+        "loader_alone": rows_of(found[True], options.images),
     }
+
+
+def rows_of(found: Mapping[str, Sequence[Round]], images: int) -> list[dict[str, Any]]:
+    """A row for each loop; "ours_over_it" by its best round, in wall time and in processor time."""
+    best = {name: min(one.seconds for one in rounds) for name, rounds in found.items()}
+    least_cpu = {name: min(one.cpu_seconds for one in rounds) for name, rounds in found.items()}
+    return [
+        {
+            "loop": name,
+            "images_per_second": round(images / best[name], 2),
+            "cpu_ms_per_image": round(1000 * least_cpu[name] / images, 2),
+            "ours_over_it": round(best[name] / best["ours"], 3),
+            "ours_over_it_cpu": round(least_cpu[name] / least_cpu["ours"], 3),
+            "all_seconds": [round(one.seconds, 3) for one in rounds],
+            "all_cpu_seconds": [round(one.cpu_seconds, 3) for one in rounds],
+        }
+        for name, rounds in found.items()
+    ]
 
 
 def main() -> None:
@@ -268,7 +287,7 @@ def main() -> None:
     options = parser.parse_args()
     report = run(options)
     print(f"{report['backbone']} ({report['model']}, {report['precision']}) on {report['machine']}")
-    for row in report["rows"]:
+    for row in [*report["rows"], *report["loader_alone"]]:
         print(
             f"  {row['loop']:16} {row['images_per_second']:8.1f} images/s, ours {row['ours_over_it']:.2f} x; "
             f"{row['cpu_ms_per_image']:6.1f} ms of processor an image, ours {row['ours_over_it_cpu']:.2f} x"

@@ -34,6 +34,15 @@ def test_the_paper_s_sizes_are_counted() -> None:
     assert work["train_mapper"].items == backbones * 80 * 4744 * 30
 
 
+def test_ready_distractors_are_not_encoded(tmp_path: Path) -> None:
+    params = yaml.safe_load(PARAMS.read_text())
+    ready = {"folder": "laion", "model": "ViT-B/32"}
+    params["featurize"]["settings"]["clip"]["ready_distractors"] = ready
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    work = {one.name: one for one in costs.work_of(tmp_path / "params.yaml")}
+    assert work["featurize@clip"].items == work["featurize@dino"].items - 1_000_000
+
+
 def test_without_rates_every_cell_is_empty() -> None:
     found = rows(costs.table(costs.work_of(PARAMS), {}))
     assert found.pop("all")[0] == f"0 of {len(found)} rows measured"
@@ -104,7 +113,9 @@ def test_featurize_is_measured_beside_its_peer_and_recorded(
 ) -> None:
     row = {"library": "timm", "model": "test_vit", "weights": "pretrained", "image_size": 160}
     settings = {"clip": {**row, "dtype": "float32", "batch_size": 4}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"featurize": {"settings": settings}}))
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({"featurize": {"shard_rows": 4, "settings": settings}})
+    )
     file, output = tmp_path / "rates.json", tmp_path / "featurize.json"
     monkeypatch.setattr(featurize, "record", lambda name, rate: record(name, rate, file))
     options = ["--params", str(tmp_path / "params.yaml"), "--images", "6", "--side", "64", "--rounds", "1"]
@@ -113,9 +124,19 @@ def test_featurize_is_measured_beside_its_peer_and_recorded(
     )
     featurize.main()
     told = json.loads(output.read_text())
-    assert [one["loop"] for one in told["rows"]] == ["ours", "peer"]
+    for rows_told in (told["rows"], told["loader_alone"]):
+        assert [one["loop"] for one in rows_told] == ["ours", "loop written out"]
+    assert told["rows"][0]["ours_over_it"] == 1
     assert (told["images"], told["batch_size"], told["dim"]) == (6, 4, 64)
     rate = read(file)["featurize@clip"]
     assert rate.dim == 64
     assert rate.seconds == pytest.approx(1 / told["rows"][0]["images_per_second"])
     assert "images/s" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--peer-python", sys.executable])
+    with pytest.raises(ValueError, match="clip: clip-retrieval knows nets of open_clip, got timm"):
+        featurize.main()
+    with (
+        pytest.raises(RuntimeError, match="wanted a Python with clip-retrieval"),
+        featurize.clip_retrieval(Path("true"), "ViT-B-32", tmp_path, batch_size=1, workers=1),
+    ):
+        pass
