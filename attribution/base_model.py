@@ -87,7 +87,7 @@ def load_base(settings: BaseSettings) -> Pipeline:
     _check(pipe, settings.model)
     pipe.to(device)
     if is_xl and dtype == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.to(torch.float32)
+        pipe.vae.float()
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -4,7 +4,8 @@
 whatever device there is. The pipeline has the true shapes and random weights (benchmarks.full_shapes): time
 and memory do not depend on their values. Steps are timed one by one; concepts an hour are computed from the
 median step, the steps and views of worlds/full/params.yaml, and the time to encode a view. What both sides
-need alike is left out: the base's own images, loading pictures, writing the result. Prints a table and writes
+need alike is left out: the base's own images, loading pictures, writing the result. The peak of memory stands
+beside what benchmarks.full_memory computes. Prints a table and writes
 benchmarks/results/full_size_<family>.json; on CUDA the rate also goes to the cost sheet (benchmarks.rates).
 `--small` shrinks all widths to try the code; `--pixels 256` asks less of a small machine.
 """
@@ -33,12 +34,14 @@ from attribution.sampling import Drawing, base_stack, draw_latents
 from attribution.training_settings import TrainingSettings
 from benchmarks.customize import machine
 from benchmarks.example_loop import Example, train_example
+from benchmarks.full_memory import step_memory
 from benchmarks.full_shapes import build
 from benchmarks.rates import Rate, record
 from stages import customize, synthesize
 
 WORLD = Path("worlds/full/params.yaml")
 WARM_UP = 2
+OURS = "one batch"
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,10 @@ def measure(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                yield {"way": "one batch", "concepts": count, "gradients_made_again": again, "fits": False}
+                yield {"way": OURS, "concepts": count, "gradients_made_again": again, "fits": False}
                 break
             per_concept = wanted * statistics.median(times) / count + work.views * encoding
-            yield row("one batch", count, again, times, per_concept)
+            yield row(OURS, count, again, times, per_concept)
 
 
 def encode_seconds(pipe: Pipeline, work: Work) -> float:
@@ -222,6 +225,11 @@ def main() -> None:
         rows.append(row)
         print(table(rows).splitlines()[-1], flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    shapes = build(options.family, "meta", getattr(torch, options.dtype), small=options.small)
+    for row in rows:
+        if row["way"] == OURS:
+            again = row["gradients_made_again"]
+            row["computed_bytes"] = step_memory(shapes, row["concepts"], pixels, again=again).total
     report = {
         "machine": name,
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from attribution import custom_diffusion
-from attribution.base_model import BaseSettings, Pipeline, decode_latents, load_base, text_encoders
+from attribution.base_model import (
+    BaseSettings,
+    MemorySettings,
+    Pipeline,
+    decode_latents,
+    load_base,
+    text_encoders,
+)
 from attribution.conditioning import encode_text, row_widths, token_ids, word_vectors
 from attribution.customization import read_model, write_model
 from attribution.customized_model import TOKEN, TOKEN_FILE, ModelStack
+from attribution.images import decode_image, read_image_table
 from attribution.lessons import train
 from attribution.sampling import Drawing, Sampler, draw_latents
+from stages import customize, synthesize
+from tests import test_customize, test_synthesize
+from tests.test_customize import CONCEPTS, write_exemplars
 from tests.test_lessons import lesson
+from tests.test_synthesize import TEMPLATES, write_templates
 from tests.tiny import save_tiny_pipeline
 from tests.tiny_models import noisy_stack, training_settings
 
@@ -47,12 +61,13 @@ def pipe(folder: Path) -> Pipeline:
     return load_base(BaseSettings(str(folder), None, "cpu", "float32"))
 
 
-def diffusers_alone(folder: Path, delta: Path) -> Any:
+def draw_alone(folder: Path, delta: Path, drawing: Drawing, sampler: Sampler) -> np.ndarray:
+    """What diffusers by itself makes of the delta: RGB in [0, 1]."""
     xl = (folder / "text_encoder_2").is_dir()
     pipe = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(
         folder, dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
     )
-    pipe.scheduler = SAMPLER.build(pipe.scheduler.config)
+    pipe.scheduler = sampler.build(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.load_attn_procs(delta, weight_name=custom_diffusion.WEIGHTS, _pipeline=pipe)
     if xl:
@@ -61,7 +76,14 @@ def diffusers_alone(folder: Path, delta: Path) -> Any:
         pipe.load_textual_inversion(rows["clip_g"], TOKEN, pipe.tokenizer_2, pipe.text_encoder_2)
     else:
         pipe.load_textual_inversion(delta, weight_name=TOKEN_FILE)
-    return pipe
+    return pipe(
+        drawing.prompt,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance,
+        eta=sampler.eta,
+        generator=torch.Generator().manual_seed(drawing.seed),
+        output_type="np",
+    ).images[0]
 
 
 def test_diffusers_alone_draws_the_same_image(folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
@@ -75,16 +97,29 @@ def test_diffusers_alone_draws_the_same_image(folder: Path, pipe: Pipeline, tmp_
     images = decode_latents(pipe, draw_latents(pipe, read, drawings, SAMPLER, batch_size=3))
     assert np.abs(images[0].astype(float) - images[2]).mean() > 5
     for drawing, image in zip(drawings, images, strict=True):
-        theirs = diffusers_alone(folder, deltas[drawing.model])
-        picture = theirs(
-            drawing.prompt,
-            num_inference_steps=SAMPLER.steps,
-            guidance_scale=SAMPLER.guidance,
-            eta=SAMPLER.eta,
-            generator=torch.Generator().manual_seed(drawing.seed),
-            output_type="np",
-        ).images[0]
+        picture = draw_alone(folder, deltas[drawing.model], drawing, SAMPLER)
         assert np.abs(picture * 255 - image).max() < 0.6
+
+
+def test_the_stages_do_not_mind(folder: Path, tmp_path: Path) -> None:
+    base = BaseSettings(str(folder), None, "cpu", "float32", MemorySettings(True, True, True))
+    exemplars = write_exemplars(tmp_path / "exemplars.parquet", {"o1": CONCEPTS["o1"]})
+    made = {"exemplars": exemplars, "customized": tmp_path / "customized"}
+    assert customize.run(test_customize.PARAMS, base, **made).done == ["o1"]
+    prompts = write_templates(tmp_path / "prompts", TEMPLATES)
+    params = test_synthesize.PARAMS
+    synthesize.run(params, base, prompts=prompts, synthesized=tmp_path / "drawn", **made)
+    row = read_image_table(tmp_path / "drawn" / "o1.parquet").to_pylist()[1]
+    drawing = Drawing(0, row["prompt"], row["seed"])
+    picture = draw_alone(folder, tmp_path / "customized" / "o1", drawing, params.sampler)
+    encoded = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(
+        encoded, "WEBP", quality=params.webp_quality
+    )
+    theirs, ours = (
+        np.asarray(decode_image(data), dtype=float) for data in (encoded.getvalue(), row["image"])
+    )
+    assert np.abs(theirs - ours).mean() < 1
 
 
 def test_together_is_as_alone(pipe: Pipeline) -> None:

@@ -114,6 +114,7 @@ def test_the_benchmark_runs(family: str, tmp_path: Path, monkeypatch: pytest.Mon
     plain = [("example script's loop", 1, False), ("one batch", 1, False), ("one batch", 2, False)]
     assert ways == (plain + again if family == "sd15" else again)
     assert all(len(row["all_step_seconds"]) == 1 and row["peak_bytes"] > 0 for row in rows)
+    assert all(("computed_bytes" in row) == (row["way"] == "one batch") for row in rows)
     for row in rows:
         assert row["concepts_per_hour"] == pytest.approx(3600 / row["concept_seconds"])
     assert ("draw_seconds" in report) == (family == "sd15")

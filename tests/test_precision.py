@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from attribution import lessons
-from attribution.base_model import BaseSettings, MemorySettings, Pipeline, load_base
+from attribution.base_model import BaseSettings, MemorySettings, Pipeline, decode_latents, load_base
 from attribution.conditioning import word_vectors
 from attribution.customization import METHODS
 from attribution.lessons import LossScale, train
+from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
 from attribution.seeds import seed_from
 from tests.test_lessons import lesson
 from tests.tiny import save_tiny_pipeline
@@ -110,3 +112,26 @@ def test_gradients_made_again_are_the_same(folders: dict[bool, Path], method: st
 def test_dreambooth_refuses_to_make_gradients_again(folders: dict[bool, Path]) -> None:
     with pytest.raises(ValueError, match=r"dreambooth: wanted base\.memory\.checkpoint_gradients: false"):
         directions(load(folders[False], memory=SAVING), "dreambooth")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_gpu_trains_and_draws_as_the_cpu(folders: dict[bool, Path], xl: bool, dtype: Any) -> None:
+    on_gpu = load_base(BaseSettings(str(folders[xl]), None, "auto", dtype, SAVING))
+    assert on_gpu.unet.device.type == "cuda"
+    wanted, wanted_losses = directions(load(folders[xl]))
+    moved, losses = directions(on_gpu)
+    torch.testing.assert_close(losses, wanted_losses, rtol=0.05, atol=0)
+    assert (torch.cosine_similarity(moved.cpu(), wanted) > 0.9).all()
+    sampler = Sampler("ddim", steps=3, guidance=3.0, eta=0.0)
+    drawn = [
+        decode_latents(
+            pipe,
+            draw_latents(
+                pipe, base_stack(pipe, ["art"]), [Drawing(0, "a <new1> car", 1)], sampler, batch_size=1
+            ),
+        )
+        for pipe in (on_gpu, load(folders[xl]))
+    ]
+    assert np.abs(drawn[0].astype(float) - drawn[1]).mean() < 3
