@@ -150,6 +150,10 @@ def _check(pipe: Pipeline, name: str) -> None:
         strange.append("addition_embed_type")
     if any(getattr(encoder.config, "use_attention_mask", False) for _, encoder in text_encoders(pipe)):
         strange.append("use_attention_mask")
+    prediction = pipe.scheduler.config.get("prediction_type")
+    if prediction not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
+        got = f"{type(pipe.scheduler).__name__} with prediction_type {prediction}"
+        raise ValueError(f"{name}: wanted a schedule of DDPM's kind, epsilon or v_prediction, got {got}")
     if strange:
         raise ValueError(f"{name}: configured with {', '.join(strange)}, which is not supported")
     layers = cross_attention(pipe.unet)

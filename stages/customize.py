@@ -284,7 +284,10 @@ class Customizer:
         with contextlib.ExitStack() as commit:
             for i, concept in enumerate(learned):
                 if not np.isfinite(losses[:, i]).all():
-                    summary.failed[concept.concept_id] = "the loss is not finite; lower the learning rates"
+                    summary.failed[concept.concept_id] = (
+                        "the loss is not finite; lower the learning rates"
+                        + (", or take base.dtype: bfloat16" if self.base.dtype == "float16" else "")
+                    )
                     continue
                 folder = commit.enter_context(atomic_path(self.folder(concept.concept_id)))
                 write_model(folder, stack[i], pipe, dtype=getattr(torch, self.params.saved_dtype))

@@ -155,3 +155,32 @@ def without_text() -> dict[str, Any]:
 def test_a_unet_that_cannot_be_customized_is_refused(tmp_path: Path, unet: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_base(settings(save_tiny_pipeline(tmp_path / "base", unet=unet)))
+
+
+def with_scheduler(folder: Path, copy: Path, name: str, **changes: Any) -> Path:
+    shutil.copytree(folder, copy)
+    for path, values in (
+        (copy / "scheduler" / "scheduler_config.json", {"_class_name": name, **changes}),
+        (copy / "model_index.json", {"scheduler": ["diffusers", name]}),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"), [("DDIMScheduler", "sample"), ("EDMEulerScheduler", "epsilon")]
+)
+def test_another_noise_schedule_is_refused(
+    folder: Path, tmp_path: Path, scheduler: str, prediction: str
+) -> None:
+    copy = with_scheduler(folder, tmp_path / "copy", scheduler, prediction_type=prediction)
+    wanted = "wanted a schedule of DDPM's kind, epsilon or v_prediction, got"
+    with pytest.raises(ValueError, match=f"{wanted} {scheduler} with prediction_type {prediction}"):
+        load_base(settings(copy))
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler"])
+def test_the_schedulers_of_published_bases_will_do(folder: Path, tmp_path: Path, scheduler: str) -> None:
+    found = load_base(settings(with_scheduler(folder, tmp_path / "copy", scheduler))).scheduler
+    assert type(found).__name__ == scheduler
+    torch.testing.assert_close(found.alphas_cumprod, load_base(settings(folder)).scheduler.alphas_cumprod)
