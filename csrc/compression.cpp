@@ -14,7 +14,7 @@ void compress(const Gallery& gallery, const float* center, int threads, const In
   std::atomic<bool> stop{false};
   bool stopped = false;
   team.run([&](int member) {
-    std::vector<double> scratch(middle.size() * block_rows);
+    std::vector<double> scratch(middle.size());
     for (int64_t index, taken = 0; !stop && (index = next.fetch_add(1)) < gallery.blocks(); ++taken) {
       const Block block = gallery.block(index);
       const int64_t at = block.first_row;

@@ -30,10 +30,10 @@ static constexpr int most_coded_dim = 65536;  // of sums of their products in 32
 // What a compressed gallery holds of some rows. Value d of a row is, as the kernel for codes reads it,
 // center[d] + step * (code[d] - 128).
 struct Codes {
-  const unsigned char* codes;   // [rows][code_bytes]; 128 after dim
-  const float* step;            // [rows]
-  const float* residual;        // [rows], >= |x - x as the kernel reads it|
-  const float* norm;            // [rows], >= |x - center| and >= |x as the kernel reads it - center|
+  const unsigned char* codes;  // [rows][code_bytes]; 128 after dim
+  const float* step;           // [rows]
+  const float* residual;       // [rows], >= |x - x as the kernel reads it|
+  const float* norm;           // [rows], >= |x - center| and >= |x as the kernel reads it - center|
 };
 
 struct Block {
@@ -115,8 +115,8 @@ struct InstructionSet {
   const Kernels* (*kernels)(Storage storage, int queries, bool precise);
   // The kernel that reads codes, or null where it would not be faster.
   const Kernels* (*coded_kernels)(int queries);
-  // rows of values -> all of what Codes holds, written through its pointers; center: [padded_dim]. Returns the first row
-  // that is not finite, or block.count.
+  // rows of values -> all of what Codes holds, written through its pointers; center, scratch: [padded_dim]. Returns
+  // the first row that is not finite, or block.count.
   int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, unsigned char* codes,
                 float* step, float* residual, float* norm);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above

@@ -54,17 +54,23 @@ Candidate* Selection::drop_hopeless(int q, Candidate* items, Candidate* end, flo
   return std::partition(items, end, [&](const Candidate& item) { return item.score + item.error >= floor; });
 }
 
-// Canonical scores for those k that seem best: the cut then lies one error below the k-th best instead of two, and far
-// fewer get past it.
+// Canonical scores for those of the k that seem best whose errors reach below the k-th: the cut then lies one error below
+// the k-th best instead of two, and far fewer get past it.
 Candidate* Selection::sharpen(int q, Candidate* items, Candidate* end, float& cut) const {
   if (!coarse_ || end - items <= k_ + k_ / 4 + 16) return end;
   Candidate* top = items + k_;
   std::nth_element(items, top - 1, end, better);
-  Candidate* fresh = std::partition(items, top, [](const Candidate& item) { return item.error == 0; });
-  batch_.rescore(fresh, top - fresh, q);
-  const auto [kth, best] =
-      std::minmax_element(items, top, [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
-  const float floor = windowed(q) ? std::min(kth->score, calibration_->lowest(best->score)) : kth->score;
+  const float kth = (top - 1)->score, best = std::min_element(items, top, better)->score;
+  Candidate* doubtful = std::partition(items, top, [&](const Candidate& item) {
+    return item.error == 0 || (item.score - item.error >= kth && item.score < best);
+  });
+  batch_.rescore(doubtful, top - doubtful, q);
+  float floor = infinity, highest = -infinity;
+  for (const Candidate* item = items; item != top; ++item) {
+    floor = std::min(floor, item->score - item->error);
+    highest = std::max(highest, item->score - item->error);
+  }
+  if (windowed(q)) floor = std::min(floor, calibration_->lowest(highest));
   if (floor <= cut) return end;
   cut = floor;
   return std::partition(items, end, [&](const Candidate& item) { return item.score + item.error >= floor; });
