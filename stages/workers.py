@@ -56,7 +56,9 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
         try:
             yield from pool.map(function, items)
         except BrokenProcessPool as error:
-            why = "one of the worker processes was killed, most likely for want of memory"
+            why = (
+                "a worker process was killed, most likely for want of memory (or could not start: see above)"
+            )
             do = "run again to go on from there; workers: 1 and smaller batches take less"
             raise BrokenProcessPool(f"{why}; {do}") from error
 

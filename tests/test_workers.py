@@ -47,7 +47,7 @@ def test_results_come_in_order_and_errors_reach_the_caller() -> None:
         with pytest.raises(ValueError, match="two is refused"):
             list(each(pid_or_error, [1, 2]))
         # As when the kernel, out of memory, picks this process to kill.
-        why = "one of the worker processes was killed, .*; run again to go on from there; workers: 1 and"
+        why = "a worker process was killed, .*; run again to go on from there; workers: 1 and"
         with pytest.raises(BrokenProcessPool, match=why):
             list(each(end_suddenly, [0]))
 
