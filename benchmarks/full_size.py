@@ -205,27 +205,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--pixels", type=int, default=512)
-    parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--steps", type=int, default=10, help="timed, of each row")
+    parser.add_argument("--concepts", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, help="timed, of each row")
     parser.add_argument("--only", choices=("plain", "again"), help="gradients kept, or made again")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-drawing", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = find_device(options.device)
+    precision = options.dtype or ("float32" if device.type == "cpu" else "float16")
+    dtype = getattr(torch, precision)
+    counts = options.concepts or ([1, 2] if options.small else [1, 2, 4, 8, 16])
+    steps = options.steps or (2 if options.small else 10)
     pixels = 64 if options.small else options.pixels
     made = load_params(customize.Params, "customize", WORLD)
     work = Work(made.training.of("custom_diffusion"), made.views, pixels)
-    pipe = build(options.family, str(device), getattr(torch, options.dtype), small=options.small)
+    pipe = build(options.family, str(device), dtype, small=options.small)
     checkpoint = {"plain": [False], "again": [True], None: [False, True]}[options.only]
     rows = []
-    for row in measure(pipe, work, options.concepts, options.steps, checkpoint=checkpoint):
+    for row in measure(pipe, work, counts, steps, checkpoint=checkpoint):
         rows.append(row)
         print(table(rows).splitlines()[-1], flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
-    shapes = build(options.family, "meta", getattr(torch, options.dtype), small=options.small)
+    shapes = build(options.family, "meta", dtype, small=options.small)
     for row in rows:
         if row["way"] == OURS:
             again = row["gradients_made_again"]
@@ -235,7 +239,7 @@ def main() -> None:
         "torch": torch.__version__,
         "family": options.family,
         "small": options.small,
-        "dtype": options.dtype,
+        "dtype": precision,
         "pixels": pixels,
         "views": work.views,
         "training": vars(work.training),
@@ -246,7 +250,7 @@ def main() -> None:
         drawing = report["draw_seconds"] = draw_seconds(
             pipe, load_params(synthesize.Params, "synthesize", WORLD)
         )
-    print(f"{name}, {options.family}, {options.dtype}, {pixels} pixels\n{table(rows)}")
+    print(f"{name}, {options.family}, {precision}, {pixels} pixels\n{table(rows)}")
     out = options.out or (
         None if options.small else Path(f"benchmarks/results/full_size_{options.family}.json")
     )
