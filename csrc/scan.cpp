@@ -241,15 +241,17 @@ int Scan::take_codes(int64_t index, Member& member) {
     const int64_t found = propose(prepared, first, side, member);
     hand_over(member, first, some);
     first += some;
-    // A candidate costs as much as some thousand products, or more where it is scored at once.
-    const int64_t dearer = std::max(1, (visit_ != nullptr ? 32768 : 8192) / gallery_.dim);
+    // A candidate costs what codes save on so many products, and less is saved where more queries share a row's bytes.
+    // One that is visited is scored at once.
+    const int products = (batch_.count < 4 ? 4096 : batch_.count <= 8 ? 8192 : 24576) * (visit_ != nullptr ? 4 : 1);
+    const int64_t dearer = std::max(1, products / gallery_.dim);
     if (dearer * found > int64_t(block.count) * some && !always_codes_) {
       member.uncoded_blocks = member.patience;
       member.patience = std::min(2 * member.patience, 4096);
       return first;
     }
   }
-  member.patience = 8;
+  member.patience = std::max(8, member.patience - 1);
   return batch_.count;
 }
 
