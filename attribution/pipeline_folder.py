@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,34 +116,46 @@ def _names(folder: Path) -> list[str]:
 def _snapshot(model: str, revision: str, halves: bool) -> Path:
     """The folder of the hub's cache, with the wanted files in it, fetched if they are not there yet."""
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HTTPError
 
     cached = try_to_load_from_cache(model, INDEX, revision=revision)
     if isinstance(cached, str):
         folder = Path(cached).parent
-        try:
-            wanted_weights(_names(folder), FAMILIES[_family(folder)], halves=halves)
-        except ValueError:
-            pass  # Not all of it is here; whether the rest can be had, the hub knows.
-        else:
-            return folder
-    try:
-        index = snapshot_download(model, revision=revision, allow_patterns=[INDEX])
+        parts = FAMILIES[_family(folder)]
+        # If not all of it is here, the hub knows whether the rest can be had.
+        with contextlib.suppress(ValueError):
+            wanted_weights(_names(folder), parts, halves=halves)
+            if _configurations(parts) <= set(_names(folder)):
+                return folder
+    with _asking(model, revision):
+        index = Path(snapshot_download(model, revision=revision, allow_patterns=[INDEX]))
         names = HfApi().list_repo_files(model, revision=revision)
+    weights = wanted_weights(names, FAMILIES[_family(index)], halves=halves, where=model)
+    with _asking(model, revision):
+        wanted = [*weights, "*.json", "*/merges.txt"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
+def _configurations(parts: Sequence[str]) -> set[str]:
+    tokenizers = {part.replace("text_encoder", "tokenizer") for part in parts if "text_encoder" in part}
+    return {
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in parts),
+        *(f"{tokenizer}/tokenizer_config.json" for tokenizer in tokenizers),
+    }
+
+
+@contextlib.contextmanager
+def _asking(model: str, revision: str) -> Iterator[None]:
+    """Inside, whatever the hub's client says of what it cannot have becomes one line with what to do."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
     except (OSError, HTTPError) as error:
-        raise _unreachable(model, revision, str(HF_HUB_CACHE), error) from error
-    weights = wanted_weights(names, FAMILIES[_family(Path(index))], halves=halves, where=model)
-    return Path(
-        snapshot_download(model, revision=revision, allow_patterns=[*weights, "*.json", "*/merges.txt"])
-    )
-
-
-def _unreachable(model: str, revision: str, cache: str, error: Exception) -> FileNotFoundError:
-    kinds = " ".join(f"--include '{kind}'" for kind in ("*.json", "*/merges.txt", "*.safetensors"))
-    do = f"hf download {model} --revision {revision} {kinds}"
-    reason = " ".join(str(error).split()).rstrip(".")
-    return FileNotFoundError(
-        f"base.model: {model} at {revision}: not in {cache}, and cannot be fetched ({reason}); where the hub"
-        f" can be reached: {do}"
-    )
+        kinds = " ".join(f"--include '{kind}'" for kind in ("*.json", "*/merges.txt", "*.safetensors"))
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise FileNotFoundError(
+            f"base.model: {model} at {revision}: not in {HF_HUB_CACHE}, and cannot be fetched ({reason});"
+            f" where the hub can be reached: hf download {model} --revision {revision} {kinds}"
+        ) from error

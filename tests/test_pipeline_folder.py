@@ -94,6 +94,16 @@ def test_only_what_is_needed_is_fetched(
     load_base(hub())
     assert not asked  # all of it was in the cache
 
+    def breaks_off(model: str, *, revision: str, allow_patterns: list[str]) -> str:
+        if allow_patterns != ["model_index.json"]:
+            raise ConnectionError("the line\nwent dead.")
+        return snapshot_download(model, revision=revision, allow_patterns=allow_patterns)
+
+    shutil.rmtree(cache)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(FileNotFoundError, match=r"cannot be fetched \(the line went dead\); where the hub"):
+        load_base(hub())
+
 
 def test_what_cannot_be_had_is_one_line(cache: Path) -> None:
     with pytest.raises(
@@ -105,8 +115,12 @@ def test_what_cannot_be_had_is_one_line(cache: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_half_a_snapshot_is_not_taken_for_a_whole_one(folder: Path, cache: Path) -> None:
-    fill_cache(cache, as_published(folder), ["model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("missing", ["unet/*.safetensors", "unet/config.json", "tokenizer/*", "scheduler/*"])
+def test_half_a_snapshot_is_not_taken_for_a_whole_one(folder: Path, cache: Path, missing: str) -> None:
+    repository = as_published(folder)
+    for path in repository.glob(missing):
+        path.unlink()
+    fill_cache(cache, repository)
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         load_base(hub())
 
