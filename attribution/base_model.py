@@ -80,7 +80,7 @@ def load_base(settings: BaseSettings) -> Pipeline:
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
-        # With accelerate, tensors go from the file to their place, without random ones made first.
+        # With accelerate, tensors go from the file to their place, and no other net is made before.
         low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
         **left_out,
     )
