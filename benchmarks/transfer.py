@@ -3,7 +3,8 @@
 `python -m benchmarks.transfer [--train 48 --val 16 --test 32] [--workers 2]`, from the repository's root,
 after `dvc repro`: customizes the same object concepts by every method, each with its settings in params.yaml,
 draws their images, learns a mapper from each method's train concepts (and one from all of them), and ranks
-the test concepts' exemplars among all distractors. Works in build/transfer, where a killed run goes on.
+the test concepts' exemplars among all distractors; in the space of the default run's mapper for objects too,
+which learned from all train concepts of one method. Works in build/transfer, where a killed run goes on.
 The method of the default run is not run again: its images are taken. Prints tables; writes
 benchmarks/results/transfer.json and transfer.png. Cost: 5 CPU s per concept and method, twice that for
 dreambooth, and 9 MB on the disk for each of its models.
@@ -38,7 +39,7 @@ from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.ranking import chance_recall, recall_at
-from benchmarks.customize import machine
+from benchmarks.rates import machine
 from benchmarks.transfer_plot import plot, tables
 from stages import customize, gate_customized, synthesize, train_mapper
 from stages.incremental import prune
@@ -47,8 +48,9 @@ from stages.workers import base_pipeline
 BACKBONES = ("supervised", "clip")
 SPLITS = ("train", "val", "test")
 ALL = "all methods"
+DEFAULT = "the default run"
 EXEMPLARS = Path("data/world/exemplars.parquet")
-FEATURES = Path("data/features")
+FEATURES, MAPPERS = Path("data/features"), Path("data/mappers")
 RESULTS = Path("benchmarks/results")
 
 
@@ -270,10 +272,13 @@ def main() -> None:
             method: Mapper.load(place.mapper(name), backbone=name, dim=dim)
             for method, place in {**places, ALL: together}.items()
         }
+        default_mapper = Mapper.load(
+            MAPPERS / name / "mapper.safetensors", backbone=name, dim=dim, own_kind="object"
+        )
         recall[name] = {}
         for method, place in places.items():
             permuted = Mapper.load(place.mapper(name, "permuted"), backbone=name, dim=dim)
-            mappers = {"raw": Mapper.identity(dim), **learned, "permuted": permuted}
+            mappers = {"raw": Mapper.identity(dim), **learned, "permuted": permuted, DEFAULT: default_mapper}
             recall[name][method] = judge(place, mappers, method, name, exemplars, intervals)
     distractors = len(FeatureSet.open(FEATURES / BACKBONES[0] / "distractors").image_ids)
     report = {
