@@ -9,8 +9,6 @@ and writes benchmarks/results/customize.json.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,18 +25,9 @@ from attribution.files import write_json
 from attribution.lessons import Lesson, train
 from attribution.params import load_params
 from attribution.training_settings import TrainingSettings
+from benchmarks.rates import machine
 from stages.customize import Params, prepare
 from stages.incremental import chunks
-
-
-def machine() -> str:
-    """The processor and how much of it there is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
 
 
 def seconds_per_concept(

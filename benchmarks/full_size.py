@@ -32,11 +32,10 @@ from attribution.memory import is_out_of_memory
 from attribution.params import load_params
 from attribution.sampling import Drawing, base_stack, draw_latents
 from attribution.training_settings import TrainingSettings
-from benchmarks.customize import machine
 from benchmarks.example_loop import Example, train_example
 from benchmarks.full_memory import step_memory
 from benchmarks.full_shapes import build
-from benchmarks.rates import Rate, record
+from benchmarks.rates import Rate, machine, record
 from stages import customize, synthesize
 
 WORLD = Path("worlds/full/params.yaml")
