@@ -15,28 +15,29 @@ from attribution import cuda_device, cuda_library
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 
-def compile_emulated(csrc: Path) -> Path:
-    """A library of these sources, in a temporary folder."""
+def compile_emulated(csrc: Path) -> cuda_library.Library:
+    """A library of these sources, loaded; nothing of it stays on the disk."""
     compiler = shutil.which("c++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("the emulation of CUDA wants a C++ compiler and x86-64")
-    path = Path(tempfile.mkdtemp(prefix="attribution_cuda_")) / "emulated.so"
-    subprocess.run(
-        [
-            compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-            "-Wno-psabi", "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
-            '-DATTRIBUTION_CUDA_SOURCES_SHA256="emulated"',
-            "-x", "c++", *sorted(str(source) for source in (csrc / "cuda").glob("*.cu")),
-            "-o", str(path),
-        ],
-        check=True, timeout=600,
-    )  # fmt: skip
-    return path
+    with tempfile.TemporaryDirectory(prefix="attribution_cuda_") as folder:
+        path = Path(folder) / "emulated.so"
+        subprocess.run(
+            [
+                compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+                "-Wno-psabi", "-ffp-contract=off", "-fPIC", "-shared", "-DATTRIBUTION_EMULATED",
+                '-DATTRIBUTION_CUDA_SOURCES_SHA256="emulated"',
+                "-x", "c++", *sorted(str(source) for source in (csrc / "cuda").glob("*.cu")),
+                "-o", str(path),
+            ],
+            check=True, timeout=600,
+        )  # fmt: skip
+        return cuda_library.Library(path)
 
 
 @functools.cache
 def emulated_library() -> cuda_library.Library:
-    return cuda_library.Library(compile_emulated(CSRC))
+    return compile_emulated(CSRC)
 
 
 def emulate(

@@ -75,8 +75,8 @@ def test_a_wrong_kernel_shows(
 ) -> None:
     source = (CSRC / "cuda" / unit).read_text()
     assert right in source
-    path = mutated(tmp_path, unit, source.replace(right, wrong))
-    emulate(monkeypatch, "generic" if unit == GENERIC else "hopper", cuda_library.Library(path))
+    library = mutated(tmp_path, unit, source.replace(right, wrong))
+    emulate(monkeypatch, "generic" if unit == GENERIC else "hopper", library)
     assert outcome(world) != 0
 
 
@@ -84,8 +84,8 @@ def test_a_wrong_kernel_shows(
 @pytest.mark.parametrize("unit", [GENERIC, HOPPER])
 def test_the_right_kernel_passes(world: tuple[int, int, int], unit: str, tmp_path: Path, monkeypatch) -> None:
     """Also from a copy, so that what fails above fails for its one line."""
-    path = mutated(tmp_path, unit, (CSRC / "cuda" / unit).read_text())
-    emulate(monkeypatch, "generic" if unit == GENERIC else "hopper", cuda_library.Library(path))
+    library = mutated(tmp_path, unit, (CSRC / "cuda" / unit).read_text())
+    emulate(monkeypatch, "generic" if unit == GENERIC else "hopper", library)
     assert outcome(world) == 0
 
 
@@ -107,7 +107,7 @@ def compare(count: int, rows: int, dim: int) -> None:
         assert_same(want, similarity.attribute(queries, stored, impl="cuda", **settings))
 
 
-def mutated(folder: Path, name: str, source: str) -> Path:
+def mutated(folder: Path, name: str, source: str) -> cuda_library.Library:
     """A library with other text in one of the files."""
     (folder / "cuda").mkdir()
     for path in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*")]:
