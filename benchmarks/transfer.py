@@ -188,7 +188,7 @@ def learn(place: Place, exemplars: Path) -> None:
 def judge(
     tested: Place, mappers: dict[str, Mapper], own: str, name: str, exemplars: Path, intervals: Intervals
 ) -> dict[str, Any]:
-    """Recall@10 of one method's test queries in each mapper's space, and what is lost against its own."""
+    """Recall@10 of one method's test queries in each mapper's space, against raw and against its own."""
     known = read_exemplars(exemplars)
     queries = read_queries(tested.queries, known, split="test")
     exemplar_set, query_set, distractors = open_features(tested.features(name), name)
@@ -198,8 +198,9 @@ def judge(
     hits = {key: recall_at(rank(raw.map(mapper), queries, ()).own, 10) for key, mapper in mappers.items()}
     found: dict[str, Any] = {key: mean(values, queries, intervals) for key, values in hits.items()}
     for key in mappers:
-        if key != own:
-            found[key]["minus_own"] = mean(hits[key] - hits[own], queries, intervals)
+        for name_of, other in (("minus_raw", "raw"), ("minus_own", own)):
+            if key != other:
+                found[key][name_of] = mean(hits[key] - hits[other], queries, intervals)
     return found
 
 

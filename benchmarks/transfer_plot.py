@@ -59,7 +59,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis, (name, found) in zip(axes[0], backbones.items(), strict=True):
         rows = list(found[methods[0]])
         values = np.array([[found[tested][row]["recall_at_10"] for tested in methods] for row in rows])
-        axis.imshow(values, cmap="Blues", vmin=0, vmax=values.max() * 1.3, aspect="auto")
+        axis.imshow(values, cmap="Blues", vmin=0, vmax=values.max() * 1.7, aspect="auto")
         for i, row in enumerate(rows):
             for j, tested in enumerate(methods):
                 low, high = found[tested][row]["interval"]
