@@ -174,6 +174,7 @@ def save_classifier(folder: Path) -> None:
     """A supervised backbone and its reading heads, untrained: the gates run, whatever they then say."""
     kwargs = {"channels": [8, 8, 8, 16]}
     looks = {"size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    torch.manual_seed(0)  # the same in every copy
     net = timm.create_model("resnet10t", num_classes=0, **kwargs)
     config = {"library": "timm", "architecture": "resnet10t", "kwargs": kwargs}
     write_backbone(folder, {**config, "preprocess": looks, "revision": "untrained"}, net)
