@@ -4,9 +4,9 @@
 after `dvc repro`: customizes the same object concepts by every method, each with its settings in params.yaml,
 draws their images, learns a mapper from each method's train concepts (and one from all of them), and ranks
 the test concepts' exemplars among all distractors; in the space of the default run's mapper for objects too,
-which learned from all train concepts of one method. Works in build/transfer, where a killed run goes on.
-The method of the default run is not run again: its images are taken. Prints tables; writes
-benchmarks/results/transfer.json and transfer.png. Cost: 5 CPU s per concept and method, twice that for
+which learned from all train concepts of one method, and of its control. Works in build/transfer, where a
+killed run goes on. The method of the default run is not run again: its images are taken. Prints tables;
+writes benchmarks/results/transfer.json and transfer.png. Cost: 6 CPU s per concept and method, 8 for
 dreambooth, and 9 MB on the disk for each of its models.
 """
 
@@ -48,7 +48,7 @@ from stages.workers import base_pipeline
 BACKBONES = ("supervised", "clip")
 SPLITS = ("train", "val", "test")
 ALL = "all methods"
-DEFAULT = "the default run"
+DEFAULTS = {"default run": "mapper.safetensors", "default run, permuted": "permuted.safetensors"}
 EXEMPLARS = Path("data/world/exemplars.parquet")
 FEATURES, MAPPERS = Path("data/features"), Path("data/mappers")
 RESULTS = Path("benchmarks/results")
@@ -198,9 +198,10 @@ def judge(
     hits = {key: recall_at(rank(raw.map(mapper), queries, ()).own, 10) for key, mapper in mappers.items()}
     found: dict[str, Any] = {key: mean(values, queries, intervals) for key, values in hits.items()}
     for key in mappers:
-        for name_of, other in (("minus_raw", "raw"), ("minus_own", own)):
-            if key != other:
-                found[key][name_of] = mean(hits[key] - hits[other], queries, intervals)
+        others = {"minus_raw": "raw", "minus_own": own, "minus_permuted": f"{key}, permuted"}
+        for difference, other in others.items():
+            if other in hits and key != other:
+                found[key][difference] = mean(hits[key] - hits[other], queries, intervals)
     return found
 
 
@@ -273,13 +274,14 @@ def main() -> None:
             method: Mapper.load(place.mapper(name), backbone=name, dim=dim)
             for method, place in {**places, ALL: together}.items()
         }
-        default_mapper = Mapper.load(
-            MAPPERS / name / "mapper.safetensors", backbone=name, dim=dim, own_kind="object"
-        )
+        defaults = {
+            key: Mapper.load(MAPPERS / name / file, backbone=name, dim=dim, own_kind="object")
+            for key, file in DEFAULTS.items()
+        }
         recall[name] = {}
         for method, place in places.items():
             permuted = Mapper.load(place.mapper(name, "permuted"), backbone=name, dim=dim)
-            mappers = {"raw": Mapper.identity(dim), **learned, "permuted": permuted, DEFAULT: default_mapper}
+            mappers = {"raw": Mapper.identity(dim), **learned, "permuted": permuted, **defaults}
             recall[name][method] = judge(place, mappers, method, name, exemplars, intervals)
     distractors = len(FeatureSet.open(FEATURES / BACKBONES[0] / "distractors").image_ids)
     report = {
