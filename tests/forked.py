@@ -94,16 +94,21 @@ def main() -> None:
     base_pipeline(BaseSettings(sys.argv[1], None, "cpu", "float32"))
     for line in sys.stdin:
         function, log, arguments = json.loads(line)
+        ready, begun = os.pipe()
         child = os.fork()
         if child == 0:
+            os.setsid()
+            os.write(begun, b"!")
             os._exit(call(function, log, arguments))
+        os.read(ready, 1)  # from here on its session is its own
+        os.close(ready)
+        os.close(begun)
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), child, sep="\n", flush=True)
 
 
 def call(function: str, log: str, arguments: dict[str, object]) -> int:
-    os.setsid()
     for source, number in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open(log, FLAGS), 1), (1, 2)):
         os.dup2(source, number)
     module, name = function.split(":")

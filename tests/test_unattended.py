@@ -259,14 +259,19 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_undisturbed(
     while not begun_in(out) and members(session):
         time.sleep(0.01)
     os.kill(session, signal.SIGSTOP)  # so that it is at work still
-    with pytest.raises(StageError, match="out: another run is at work there; wait for it to end, or end it"):
-        customize.run(
-            test_customize.PARAMS,
-            BaseSettings(str(root / "base"), None, "cpu", "float32"),
-            exemplars=root / "exemplars.parquet",
-            customized=out,
-        )
-    os.kill(session, signal.SIGCONT)
+    refused = pytest.raises(
+        StageError, match="out: another run is at work there; wait for it to end, or end it"
+    )
+    try:
+        with refused:
+            customize.run(
+                test_customize.PARAMS,
+                BaseSettings(str(root / "base"), None, "cpu", "float32"),
+                exemplars=root / "exemplars.parquet",
+                customized=out,
+            )
+    finally:
+        os.kill(session, signal.SIGCONT)
     assert server.wait() == 0
     assert contents(out) == contents(ONE_BY_ONE.undisturbed(server, root))
 
