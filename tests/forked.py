@@ -66,21 +66,34 @@ def serving(base: str) -> Iterator[Server]:
         [sys.executable, "-m", "tests.forked", base],
         cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        yield Server(process)
-        assert process.stdin is not None
-        process.stdin.close()
+        try:
+            yield Server(process)
+        finally:
+            # A test that failed may have left a run that goes on, or that is stopped.
+            for child in children(process.pid):
+                os.kill(child, signal.SIGKILL)
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def members(session: int) -> list[int]:
     """The processes that belong to the session and have not ended."""
-    found = []
+    return [number for number, _, its_session in living() if its_session == session]
+
+
+def children(parent: int) -> list[int]:
+    """The processes that this one has started and that have not ended."""
+    return [number for number, its_parent, _ in living() if its_parent == parent]
+
+
+def living() -> Iterator[tuple[int, int, int]]:
+    """Number, parent and session of every process that has not ended."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                state, _, _, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(its_session) == session and state != "Z":
-                    found.append(int(entry.name))
-    return found
+                state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state != "Z":
+                    yield int(entry.name), int(parent), int(session)
 
 
 def main() -> None:
