@@ -227,6 +227,7 @@ def test_three_kills_lose_an_item_each_at_most(server: Server, root: Path, tmp_p
     assert len(kill_again_and_again(server, root, tmp_path, ONE_BY_ONE, kills=3, seed=0)) == 3
 
 
+@pytest.mark.nightly  # what a limit on addresses leaves to an allocator differs from machine to machine
 def test_batches_are_halved_until_memory_holds_them_and_what_is_too_large_alone_fails_by_name(
     server: Server, root: Path, tmp_path: Path
 ) -> None:
@@ -238,16 +239,16 @@ def test_batches_are_halved_until_memory_holds_them_and_what_is_too_large_alone_
     options = {"root": str(tmp_path), "concepts_per_batch": 5, "views_per_step": 128}
     function = "tests.test_unattended:run_customize"
     ample = tmp_path / "ample"
-    # How much is too little depends on the allocator, so several limits are tried.
-    for memory in (120, 100, 85, 70, 60, 50, 40, 30):
+    # Too little for the batch and enough for one concept: several limits are tried.
+    for memory in range(120, 40, -5):
         short, log = tmp_path / f"short-{memory}", tmp_path / f"log-{memory}"
         assert server.run(function, log, out=str(short), memory_mb=memory, **options) == 1
         said = log.read_text()
-        if re.search(r"customize: out of memory on \d concepts; going on with \d at a time\n", said):
+        halved = re.search(r"customize: out of memory on \d concepts; going on with \d at a time\n", said)
+        if halved and re.search(r"4 done, 0 reused, 0 pruned, 1 failed\n  o99: .+", said):
             break
     else:
-        pytest.skip("no limit tried was too little for the batch alone")
-    assert re.search(r"4 done, 0 reused, 0 pruned, 1 failed\n  o99: .+", said), said
+        raise AssertionError(said)
     assert server.run(function, tmp_path / "log", out=str(ample), **options) == 0
     for name in list(few)[:4]:
         expected = load_file(ample / name / WEIGHTS)
