@@ -18,7 +18,7 @@ from attribution.files import write_json
 from attribution.sampling import Drawing, Sampler, draw_latents
 from attribution.training_settings import LoraSettings
 from tests.tiny import save_tiny_pipeline
-from tests.tiny_models import noisy_stack
+from tests.tiny_models import drawn_by_diffusers, noisy_stack
 
 SAMPLERS = [
     Sampler("ddim", steps=4, guidance=3.0, eta=0.7),
@@ -94,14 +94,7 @@ def test_diffusers_alone_draws_the_same_image(
         theirs = diffusers_alone(folder, sampler)
         load_weights(theirs, method, deltas[drawing.model])
         theirs.load_textual_inversion(deltas[drawing.model], weight_name=TOKEN_FILE)
-        picture = theirs(
-            drawing.prompt,
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance,
-            eta=sampler.eta,
-            generator=torch.Generator().manual_seed(drawing.seed),
-            output_type="np",
-        ).images[0]
+        picture = drawn_by_diffusers(theirs, drawing, sampler)
         # Half a step is the rounding to bytes.
         assert np.abs(picture * 255 - image).max() < 0.6
 

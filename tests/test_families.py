@@ -34,7 +34,7 @@ from tests.test_customize import CONCEPTS, write_exemplars
 from tests.test_lessons import lesson
 from tests.test_synthesize import TEMPLATES, write_templates
 from tests.tiny import save_tiny_pipeline
-from tests.tiny_models import noisy_stack, training_settings
+from tests.tiny_models import drawn_by_diffusers, noisy_stack, training_settings
 
 METHOD = "custom_diffusion"
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -76,14 +76,7 @@ def draw_alone(folder: Path, delta: Path, drawing: Drawing, sampler: Sampler) ->
         pipe.load_textual_inversion(rows["clip_g"], TOKEN, pipe.tokenizer_2, pipe.text_encoder_2)
     else:
         pipe.load_textual_inversion(delta, weight_name=TOKEN_FILE)
-    return pipe(
-        drawing.prompt,
-        num_inference_steps=sampler.steps,
-        guidance_scale=sampler.guidance,
-        eta=sampler.eta,
-        generator=torch.Generator().manual_seed(drawing.seed),
-        output_type="np",
-    ).images[0]
+    return drawn_by_diffusers(pipe, drawing, sampler)
 
 
 def test_diffusers_alone_draws_the_same_image(folder: Path, pipe: Pipeline, tmp_path: Path) -> None:

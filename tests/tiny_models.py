@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
 from attribution.conditioning import word_vectors
 from attribution.customization import METHODS
 from attribution.customized_model import ModelStack
+from attribution.sampling import Drawing, Sampler
 from attribution.training_settings import LoraSettings, MethodSettings, TrainingSettings
 
 
@@ -45,3 +49,15 @@ def noisy_stack(pipe: StableDiffusionPipeline, models: int, method: str = "custo
         for name, weight in start.items()
     }
     return ModelStack(method, weights, shaken(word_vectors(pipe, ["art"] * models), 1.0))
+
+
+def drawn_by_diffusers(pipe: Any, drawing: Drawing, sampler: Sampler) -> np.ndarray:
+    """What the pipeline of diffusers draws by itself, [height, width, 3] in 0 to 1."""
+    return pipe(
+        drawing.prompt,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance,
+        eta=sampler.eta,
+        generator=torch.Generator().manual_seed(drawing.seed),
+        output_type="np",
+    ).images[0]
