@@ -18,6 +18,7 @@ from attribution.files import atomic_path
 from attribution.params import load_params
 from benchmarks.rates import RATES, Rate, read
 from stages import calibrate, featurize, synthesize, train_mapper
+from stages.image_requests import KINDS
 from stages.report import rewrite
 
 HEADER = ("stage", "how many", "a second", "GPU hours", "disk, GB", "memory, GB", "measured on")
@@ -62,7 +63,7 @@ def work_of(params: Path) -> list[Work]:
     features = load_params(featurize.Params, "featurize", params)
     mapping = load_params(train_mapper.Params, "train_mapper", params)
     calibrating = load_params(calibrate.Params, "calibrate", params)
-    per_model = len(synthesize.KINDS["object"]) * drawing.prompts_per_kind * drawing.samples_per_prompt
+    per_model = len(KINDS["object"]) * drawing.prompts_per_kind * drawing.samples_per_prompt
     synthesized = scale.models() * per_model
     pictures = synthesized + scale.distractors + sum(group.exemplars for group in scale.groups.values())
     work = [

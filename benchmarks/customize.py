@@ -26,8 +26,8 @@ from attribution.lessons import Lesson, train
 from attribution.params import load_params
 from attribution.training_settings import TrainingSettings
 from benchmarks.rates import machine
-from stages.customize import Params, prepare
 from stages.incremental import chunks
+from stages.lesson_plan import Params, prepare
 
 
 def seconds_per_concept(

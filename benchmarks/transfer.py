@@ -43,6 +43,9 @@ from benchmarks.rates import machine
 from benchmarks.transfer_plot import plot, tables
 from stages import customize, gate_customized, synthesize, train_mapper
 from stages.incremental import prune
+from stages.lesson_plan import prepare
+from stages.query_table import write_queries
+from stages.synthesizer import SCHEMA
 from stages.workers import base_pipeline
 
 BACKBONES = ("supervised", "clip")
@@ -111,7 +114,7 @@ def take(place: Place, concepts: Sequence[Concept]) -> None:
         rows = read_image_table(fresh) if fresh.is_file() else rows
         if not len(rows):
             raise FileNotFoundError(f"{fresh}: no such file, and nothing shipped; run: dvc repro synthesize")
-        write_image_table(place.images / name, rows.cast(synthesize.SCHEMA))
+        write_image_table(place.images / name, rows.cast(SCHEMA))
 
 
 def cost(params: customize.Params, base: BaseSettings, concepts: Sequence[Concept]) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def cost(params: customize.Params, base: BaseSettings, concepts: Sequence[Concep
     pipe = base_pipeline(base)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        lessons = [customize.prepare(pipe, params, concept, Path(folder)) for concept in concepts]
+        lessons = [prepare(pipe, params, concept, Path(folder)) for concept in concepts]
         torch.set_num_threads(1)
         started = time.process_time()
         stack, _ = train(pipe, lessons, params.settings, method=params.method, seed=params.seed)
@@ -236,9 +239,7 @@ def main() -> None:
             take(place, concepts)
         else:
             draw(place, params, base, exemplars)
-        line = synthesize.write_queries(
-            place.queries, base, exemplars=exemplars, synthesized=place.images, shipped=None
-        )
+        line = write_queries(place.queries, base, exemplars=exemplars, synthesized=place.images, shipped=None)
         print(f"{method}: {line}", flush=True)
 
     backbones = {

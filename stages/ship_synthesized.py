@@ -23,6 +23,8 @@ from attribution.images import read_image_table, write_image_table
 from attribution.params import load_params
 from stages import customize, synthesize
 from stages.incremental import StageError, Summary
+from stages.query_table import identity
+from stages.synthesizer import SCHEMA
 
 
 def run(
@@ -56,13 +58,11 @@ def run(
         raise StageError("\n".join(failures))
     concepts = read_concepts(exemplars, fresh=False)
     parts = [read_image_table(synthesized / f"{concept.concept_id}.parquet") for concept in concepts]
-    rows = pa.concat_tables(
-        [synthesize.SCHEMA.empty_table(), *(part.cast(synthesize.SCHEMA) for part in parts)]
-    )
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(part.cast(SCHEMA) for part in parts)])
     require_space(shipped, rows.nbytes, f"{len(rows):,} images")
     made_from = {
         "base": base.key(),
-        "concepts": json.dumps({concept.concept_id: synthesize.identity(concept) for concept in concepts}),
+        "concepts": json.dumps({concept.concept_id: identity(concept) for concept in concepts}),
         "params": json.dumps(
             {"customize": asdict(customize_params), "synthesize": asdict(synthesize_params)}
         ),

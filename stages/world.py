@@ -17,7 +17,6 @@ on ready features where a backbone has them, and on the distractors' pictures wh
 from __future__ import annotations
 
 import argparse
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import yaml
 from attribution.files import atomic_path
 from attribution.images import write_image_table
 from attribution.params import read_yaml
+from stages.imports import imported_files
 
 STAGES = ("customize", "synthesize", "featurize", "train_mapper", "calibrate", "evaluate")
 # Inputs of the mini world alone.
@@ -102,21 +102,6 @@ def import_stage(root: Path, params: dict[str, Any]) -> dict[str, Any]:
             "outs": list(IMPORTED),
         }
     )
-
-
-def imported_files(module: Path, root: Path) -> set[Path]:
-    """The module and every module of this repository that it imports, itself or through others."""
-    found, todo = {module}, [module]
-    while todo:
-        for node in ast.walk(ast.parse(todo.pop().read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for path in (root / Path(*name.split(".")).with_suffix(".py") for name in names):
-                if path.is_file() and path not in found:
-                    found.add(path)
-                    todo.append(path)
-    return found
 
 
 def main() -> None:

@@ -20,14 +20,15 @@ from torch import Tensor
 from attribution.augmentation import AugmentationSettings
 from attribution.base_model import BaseSettings
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
-from attribution.customization import METHODS, read_model
+from attribution.customization import METHODS, RECORD, read_model
 from attribution.customized_model import TOKEN_FILE
 from attribution.files import read_json
 from attribution.images import write_image_table
 from attribution.sampling import Drawing, Sampler
-from stages import customize
-from stages.customize import RECORD, Params, Words, run
-from stages.incremental import StageError
+from stages import customizer, lesson_plan
+from stages.customize import run
+from stages.incremental import StageError, Summary
+from stages.lesson_plan import Params, Words
 from tests.tiny import save_tiny_pipeline
 from tests.tiny_models import method_settings, training_settings
 
@@ -89,7 +90,7 @@ CONCEPTS = {"o1": [picture(1)], "o2": [picture(2)], "s1": [picture(3), picture(4
 def stage(tmp_path: Path, base: BaseSettings) -> Callable:
     """Runs the stage over these concepts, always in the same folder."""
 
-    def run_over(concepts: dict[str, list[bytes]], **changes: object) -> customize.Summary:
+    def run_over(concepts: dict[str, list[bytes]], **changes: object) -> Summary:
         exemplars = write_exemplars(tmp_path / "exemplars.parquet", concepts)
         return run(replace(PARAMS, **changes), base, exemplars=exemplars, customized=tmp_path / "customized")  # type: ignore[arg-type]
 
@@ -174,7 +175,7 @@ def test_another_exemplar_image_or_base_or_code_is_done_again(
     assert len(run(PARAMS, other, **options).done) == 3
     code = tmp_path / "code.py"
     code.write_text("x = 1\n")
-    monkeypatch.setattr(customize, "CODE", (str(code),))
+    monkeypatch.setattr(customizer, "CODE", (str(code),))
     assert len(run(PARAMS, base, **options).done) == 3
     code.write_text('"""About x."""\nx = 1  # one\n')
     assert run(PARAMS, base, **options).done == []
@@ -189,7 +190,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     exemplars = write_exemplars(tmp_path / "exemplars.parquet", {**CONCEPTS, "o3": [picture(7)]})
     run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "undisturbed")
     name = "train" if stopped_at == "train" else "write_json"
-    real, calls = getattr(customize, name), []
+    real, calls = getattr(customizer, name), []
 
     def stops(*arguments: object, **options: object) -> object:
         calls.append(name)
@@ -198,10 +199,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(customize, name, stops)
+    monkeypatch.setattr(customizer, name, stops)
     with pytest.raises(KeyboardInterrupt):
         run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "stopped")
-    monkeypatch.setattr(customize, name, real)
+    monkeypatch.setattr(customizer, name, real)
     summary = run(PARAMS, base, exemplars=exemplars, customized=tmp_path / "stopped")
     assert (summary.done, summary.reused) == (["o3", "s1"], ["o1", "o2"])
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
@@ -320,7 +321,7 @@ def test_a_disk_too_small_is_told_and_nothing_is_left_half_written(
 def test_a_bad_prior_fails_its_concepts_only(
     stage: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = customize.draw_fitting
+    real = lesson_plan.draw_fitting
 
     def draw(
         pipe: object, stack: object, drawings: list[Drawing], *rest: object, **options: object
@@ -328,7 +329,7 @@ def test_a_bad_prior_fails_its_concepts_only(
         latents = real(pipe, stack, drawings, *rest, **options)
         return latents / 0 if "car" in drawings[0].prompt else latents
 
-    monkeypatch.setattr(customize, "draw_fitting", draw)
+    monkeypatch.setattr(lesson_plan, "draw_fitting", draw)
     with pytest.raises(StageError, match=r"1 done, .*2 failed\n  o1: 'a car': not finite numbers come of it"):
         stage(CONCEPTS)
     assert (tmp_path / "customized" / "s1").is_dir()

@@ -26,9 +26,12 @@ from attribution.customization import METHODS
 from attribution.customized_model import TOKEN_FILE
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
-from stages import customize, ship_synthesized, synthesize, workers
+from stages import customize, ship_synthesized, workers
+from stages.image_requests import Params, choose, read_prompts
 from stages.incremental import StageError
-from stages.synthesize import Params, choose, read_prompts, run, write_queries
+from stages.query_table import write_queries
+from stages.synthesize import run
+from stages.synthesizer import KEY
 from tests import test_customize
 from tests.test_customize import CONCEPTS, picture, write_exemplars
 from tests.tiny import save_tiny_pipeline
@@ -340,7 +343,7 @@ def test_pictures_are_webp(tmp_path: Path, world: SimpleNamespace) -> None:
     synthesize_in(tmp_path, world)
     data = read_image_table(tmp_path / "o1.parquet")["image"][0].as_py()
     assert Image.open(io.BytesIO(data)).format == "WEBP"
-    assert pq.read_schema(tmp_path / "o1.parquet").metadata.keys() == {synthesize.KEY}
+    assert pq.read_schema(tmp_path / "o1.parquet").metadata.keys() == {KEY}
 
 
 def spoil(weights: Path, how: str) -> None:

@@ -26,7 +26,9 @@ from attribution.base_model import BaseSettings
 from attribution.custom_diffusion import WEIGHTS
 from attribution.files import sha256_file
 from stages import customize, synthesize
-from stages.incremental import StageError, chunks
+from stages.customizer import Customizer
+from stages.incremental import StageError, Summary, chunks
+from stages.synthesizer import Synthesizer
 from tests import test_customize, test_synthesize
 from tests.forked import Server, members, serving
 from tests.test_customize import contents, picture, write_exemplars
@@ -38,18 +40,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 CONCEPTS = {f"{kind}{i:02}": [picture(2 * i + (kind == "s"))] for i in range(6) for kind in "os"}
 
 
-class NotedCustomizer(customize.Customizer):
+class NotedCustomizer(Customizer):
     """Says in a file what it begins."""
 
-    def learn_at_once(self, group: Sequence) -> customize.Summary:
+    def learn_at_once(self, group: Sequence) -> Summary:
         note(self.customized, [concept.concept_id for concept in group])
         return super().learn_at_once(group)
 
 
-class NotedSynthesizer(synthesize.Synthesizer):
+class NotedSynthesizer(Synthesizer):
     """Says in a file what it begins."""
 
-    def draw_at_once(self, group: Sequence[str]) -> customize.Summary:
+    def draw_at_once(self, group: Sequence[str]) -> Summary:
         note(self.synthesized, group)
         return super().draw_at_once(group)
 

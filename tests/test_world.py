@@ -18,6 +18,7 @@ from attribution.base_model import BaseSettings
 from attribution.concepts import Concept
 from attribution.params import load_params, read_yaml
 from stages import calibrate, customize, evaluate, featurize, import_data, synthesize, train_mapper, world
+from stages.image_requests import KINDS, choose, read_prompts
 from tests.test_architecture import EXTENSION_SOURCES, import_closure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,11 +71,11 @@ def test_every_section_loads(section: str) -> None:
 
 def test_a_model_has_forty_images_of_each_prompt_kind() -> None:
     params = load_params(synthesize.Params, "synthesize", FULL / "params.yaml")
-    prompts = synthesize.read_prompts(FULL / "data" / "prompts")
-    for kind, prompt_kinds in synthesize.KINDS.items():
+    prompts = read_prompts(FULL / "data" / "prompts")
+    for kind, prompt_kinds in KINDS.items():
         for split in ("train", "test"):
             concept = Concept("some", kind, "bird", split, True, ())
-            requests = synthesize.choose(params, concept, prompts)
+            requests = choose(params, concept, prompts)
             counts = [sum(one.prompt_kind == name for one in requests) for name in prompt_kinds]
             assert counts == [40, 40]
 
@@ -87,7 +88,7 @@ def test_words_fit_the_tokenizer_of_stable_diffusion() -> None:
     params = load_params(customize.Params, "customize", FULL / "params.yaml")
     for words in (params.object, params.style):
         assert len(tokenizer.encode(words.initializer)) == 1
-    prompts = synthesize.read_prompts(FULL / "data" / "prompts")
+    prompts = read_prompts(FULL / "data" / "prompts")
     listed = [
         one
         for kinds in prompts.values()

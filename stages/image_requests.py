@@ -1,0 +1,97 @@
+"""Which images are asked of a customized model: prompts of its kind and split, a seed for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution.concepts import Concept, fill_prompt
+from attribution.customized_model import TOKEN
+from attribution.files import content_key
+from attribution.params import read_yaml
+from attribution.sampling import Sampler
+from attribution.seeds import seed_from
+
+# concept kind -> prompt kind -> train | test -> prompts
+Prompts = dict[str, dict[str, dict[str, list[str]]]]
+KINDS = {"object": ("media", "gpt"), "style": ("object", "gpt")}
+
+
+@dataclass(frozen=True)
+class Params:
+    """`images_per_batch`: how many images are denoised at once; that and `workers` change rounding only.
+
+    `use_shipped`: whether the queries take in data/shipped/synthesized.parquet.
+    """
+
+    seed: int
+    workers: int
+    prompts_per_kind: int
+    samples_per_prompt: int
+    images_per_batch: int
+    webp_quality: int
+    use_shipped: bool
+    sampler: Sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to be made, and how it will be known."""
+
+    image_id: str
+    prompt_kind: str
+    prompt: str
+    prompt_split: str
+    seed: int
+
+
+def read_prompts(folder: Path) -> Prompts:
+    """Prompts by concept kind, prompt kind and split, from object.yaml and style.yaml.
+
+    Raises ValueError naming file and prompt for an unknown split, a prompt without {token}, a prompt in both
+    splits or twice in one, and a prompt kind that is missing.
+    """
+    prompts = {}
+    for kind, prompt_kinds in KINDS.items():
+        path = folder / f"{kind}.yaml"
+        found = read_yaml(path)
+        if not isinstance(found, dict) or sorted(found) != sorted(prompt_kinds):
+            raise ValueError(f"{path}: wanted the prompt kinds {', '.join(prompt_kinds)}, got {found!r:.80}")
+        for prompt_kind, splits in found.items():
+            where = f"{path}: {prompt_kind}"
+            if not isinstance(splits, dict) or sorted(splits) != ["test", "train"]:
+                raise ValueError(f"{where}: wanted the lists train and test, got {splits!r:.80}")
+            for prompt in [*splits["train"], *splits["test"]]:
+                if "{token}" not in prompt:
+                    raise ValueError(f"{where}: {prompt!r}: wanted {{token}} in it")
+            if any(len(set(listed)) != len(listed) for listed in splits.values()):
+                raise ValueError(f"{where}: a prompt is listed twice")
+            both = sorted(set(splits["train"]) & set(splits["test"]))
+            if both:
+                raise ValueError(f"{where}: {both[0]!r} is both a train and a test prompt")
+        prompts[kind] = found
+    return prompts
+
+
+def choose(params: Params, concept: Concept, prompts: Prompts) -> list[Request]:
+    """The images wanted: prompts by (seed, concept), noise by (seed, concept, prompt, number of sample)."""
+    split = "test" if concept.split == "test" else "train"
+    requests = []
+    for prompt_kind in KINDS[concept.kind]:
+        templates = prompts[concept.kind][prompt_kind][split]
+        count = params.prompts_per_kind
+        if len(templates) < count:
+            raise ValueError(
+                f"prompts for {concept.kind}, {prompt_kind}, {split}: {len(templates)}, wanted {count}; "
+                "write more or lower synthesize.prompts_per_kind"
+            )
+        rng = np.random.default_rng(seed_from(params.seed, concept.concept_id, prompt_kind))
+        for i in sorted(rng.choice(len(templates), size=count, replace=False)):
+            prompt = fill_prompt(templates[i], {"token": TOKEN, "noun": concept.noun})
+            for sample in range(params.samples_per_prompt):
+                seed = seed_from(params.seed, concept.concept_id, prompt, sample)
+                image_id = f"{concept.concept_id}-{content_key(prompt_kind, prompt, seed)}"
+                requests.append(Request(image_id, prompt_kind, prompt, split, seed))
+    return requests

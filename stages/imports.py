@@ -1,0 +1,43 @@
+"""What a module imports of this repository, itself or through others: the code that its results depend on."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# How work is shared, files are written and settings are read changes no result; values of settings count by
+# themselves. So these may be edited while a run of days is under way.
+BESIDE = (
+    "attribution/files.py",
+    "attribution/memory.py",
+    "attribution/params.py",
+    "attribution/training_settings.py",
+    "stages/imports.py",
+    "stages/incremental.py",
+    "stages/workers.py",
+)
+
+
+def code_behind(module: str) -> tuple[str, ...]:
+    """The .py files that results made by the file `module` may depend on: it, and all it imports but BESIDE.
+
+    What it comes to import cannot be forgotten, as it would be in a list.
+    """
+    beside = {ROOT / name for name in BESIDE}
+    return tuple(str(path) for path in sorted(imported_files(Path(module), ROOT) - beside))
+
+
+def imported_files(module: Path, root: Path) -> set[Path]:
+    """The module and every module of this repository that it imports, itself or through others."""
+    found, todo = {module}, [module]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for path in (root / Path(*name.split(".")).with_suffix(".py") for name in names):
+                if path.is_file() and path not in found:
+                    found.add(path)
+                    todo.append(path)
+    return found
