@@ -21,7 +21,7 @@ from attribution.base_model import BaseSettings
 from attribution.concepts import Concept, read_concepts
 from attribution.params import load_params
 from stages.customizer import PRIOR, Customizer
-from stages.incremental import StageError, Summary, alone_in, batches, prune, room_for
+from stages.incremental import StageError, Summary, alone_in, batches, finish_placing, prune, room_for
 from stages.lesson_plan import Params
 from stages.workers import worker_map
 
@@ -36,6 +36,7 @@ def run(
     wanted = read_concepts(exemplars, fresh=fresh)
     customizer = Customizer.of(params, base, wanted, customized)
     with alone_in(customized):
+        finish_placing(customized)
         summary = Summary("customize", pruned=prune(customized, [PRIOR, *customizer.keys]))
         prune(customized / PRIOR, [customizer.base_key])
         pending = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from attribution.base_model import BaseSettings, Pipeline
 from attribution.concepts import Concept
 from attribution.customization import RECORD, write_model
 from attribution.customized_model import TOKEN, CustomizedModel
-from attribution.files import atomic_path, content_key, read_json, write_json
+from attribution.files import content_key, read_json, write_json
 from attribution.lessons import Lesson, train
 from stages.imports import code_behind
-from stages.incremental import Summary, code_key, concerns_one, one_line
+from stages.incremental import Summary, code_key, concerns_one, one_line, placed_together
 from stages.lesson_plan import Params, prepare, prior_latents
 from stages.workers import base_pipeline, batched, is_worker
 
@@ -106,8 +105,8 @@ class Customizer:
                 seed=self.params.seed,
                 on_step=steps.update,
             )
-        # All are written before the first takes its place, so that a kill hardly ever splits a batch.
-        with contextlib.ExitStack() as commit:
+        # The rest of a batch that a kill had split would be made in another batch, and round otherwise.
+        with placed_together(self.customized, self.keys[learned[0].concept_id]) as batch:
             for i, (concept, lesson) in enumerate(zip(learned, lessons, strict=True)):
                 if not np.isfinite(losses[:, i]).all():
                     do = ", or take base.dtype: bfloat16" if self.base.dtype == "float16" else ""
@@ -115,8 +114,7 @@ class Customizer:
                         f"the loss is not finite; lower the learning rates{do}"
                     )
                     continue
-                folder = commit.enter_context(atomic_path(self.folder(concept.concept_id)))
-                self.write(folder, concept, lesson, stack[i], losses[:, i], pipe)
+                self.write(batch / concept.concept_id, concept, lesson, stack[i], losses[:, i], pipe)
                 summary.done.append(concept.concept_id)
         return summary
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from attribution.files import DiskFullError, content_key, require_space
+from attribution.files import DiskFullError, atomic_path, content_key, require_space
 from attribution.memory import is_out_of_memory
 
 T = TypeVar("T")
 SHOWN = 20
+READY = ".ready-"
 
 
 class StageError(RuntimeError):
@@ -114,6 +115,26 @@ def alone_in(folder: Path, *, to_read: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def placed_together(folder: Path, name: str) -> Iterator[Path]:
+    """What the block makes in the folder that it is given takes its place in `folder`, all of it or nothing.
+
+    After a kill, nothing of the batch, known by its `name`, is there, or `finish_placing` places all of it.
+    Raises as atomic_path.
+    """
+    ready = folder / f"{READY}{name}"
+    with atomic_path(ready) as partial:
+        partial.mkdir()
+        yield partial
+    _place(ready)
+
+
+def finish_placing(folder: Path) -> None:
+    """Puts in their places what a killed run had ready; to be called by who is alone in the folder."""
+    for ready in sorted(folder.glob(f"{READY}*")):
+        _place(ready)
+
+
 def room_for(count: int, noun: str, *, like: Path) -> None:
     """Returns only where `count` more of the size of `like`, a file or folder, fit beside it."""
     members = like.rglob("*") if like.is_dir() else (like,)
@@ -154,11 +175,24 @@ def prune(folder: Path, keep: Iterable[str]) -> list[str]:
     wanted = set(keep)
     stale = sorted((path for path in folder.glob("*") if path.name not in wanted), key=lambda path: path.name)
     for path in stale:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
     return [path.name for path in stale]
+
+
+def _place(ready: Path) -> None:
+    for member in sorted(ready.iterdir()):
+        place = ready.with_name(member.name)
+        if place.exists() and (place.is_dir() or member.is_dir()):  # which rename() does not replace
+            _remove(place)
+        member.replace(place)
+    ready.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _code(path: Path) -> str:

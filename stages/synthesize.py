@@ -21,7 +21,7 @@ from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
 from attribution.params import load_params
 from stages.image_requests import Params, choose, read_prompts
-from stages.incremental import StageError, Summary, alone_in, batches, prune, room_for
+from stages.incremental import StageError, Summary, alone_in, batches, finish_placing, prune, room_for
 from stages.query_table import write_queries
 from stages.synthesizer import Synthesizer
 from stages.workers import worker_map
@@ -45,6 +45,7 @@ def run(
     words = read_prompts(prompts)
     requests = {concept.concept_id: choose(params, concept, words) for concept in wanted}
     with alone_in(customized, to_read=True), alone_in(synthesized):
+        finish_placing(synthesized)
         synthesizer = Synthesizer.of(params, base, requests, customized, synthesized)
         pruned = prune(synthesized, [f"{concept_id}.parquet" for concept_id in requests])
         summary = Summary("synthesize", pruned=pruned, failed=dict(synthesizer.without))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +16,13 @@ from PIL import Image
 from attribution.base_model import BaseSettings, Pipeline, decode_latents
 from attribution.customization import model_files, read_model
 from attribution.customized_model import CustomizedModel, ModelStack
-from attribution.files import atomic_path, content_key
+from attribution.files import content_key
 from attribution.images import write_image_table
 from attribution.memory import is_out_of_memory
 from attribution.sampling import Drawing
 from stages.image_requests import Params, Request
 from stages.imports import code_behind
-from stages.incremental import Summary, code_key, one_line
+from stages.incremental import Summary, code_key, one_line, placed_together
 from stages.workers import base_pipeline, batched, draw_fitting, fitting
 
 CODE = code_behind(__file__)
@@ -99,11 +98,11 @@ class Synthesizer:
         models = [read_model(self.customized / concept_id) for concept_id in group]
         requests = [self.requests[concept_id] for concept_id in group]
         images = draw(base_pipeline(self.base), self.params, models, requests)
-        with contextlib.ExitStack() as commit:
+        with placed_together(self.synthesized, self.keys[group[0]]) as batch:
             for concept_id, wanted, pictures in zip(group, requests, images, strict=True):
-                path = commit.enter_context(atomic_path(self.table(concept_id)))
                 table = image_table(concept_id, wanted, pictures, webp_quality=self.params.webp_quality)
-                write_image_table(path, table.replace_schema_metadata({KEY: self.keys[concept_id].encode()}))
+                table = table.replace_schema_metadata({KEY: self.keys[concept_id].encode()})
+                write_image_table(batch / self.table(concept_id).name, table)
         return Summary("synthesize", done=list(group))
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from attribution.files import DiskFullError
-from stages.incremental import SHOWN, StageError, Summary, alone_in, concerns_one, one_line, room_for
+from stages.incremental import (
+    SHOWN,
+    StageError,
+    Summary,
+    alone_in,
+    concerns_one,
+    finish_placing,
+    one_line,
+    placed_together,
+    room_for,
+)
 
 
 def test_each_failure_has_its_line() -> None:
@@ -101,3 +111,47 @@ def test_room_is_asked_for_as_much_as_what_is_there_took(tmp_path: Path) -> None
             DiskFullError, match=r"\S+: .* wanted for [0-9,]+ more models, .* free; make room"
         ):
             room_for(2 * free // each, "models", like=like)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_two(folder: Path, text: str) -> None:
+    """A folder and a file, as models and tables are."""
+    (folder / "o1").mkdir()
+    (folder / "o1" / text).write_text(text)
+    (folder / "o2.parquet").write_text(text)
+
+
+def test_a_batch_takes_its_place_as_one_and_what_was_there_gives_way(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with placed_together(tmp_path, "batch") as batch:
+            write_two(batch, text)
+            assert set(texts(tmp_path).values()) <= {"old", text}
+        assert texts(tmp_path) == {f"o1/{text}": text, "o2.parquet": text}
+    with pytest.raises(FileNotFoundError), placed_together(tmp_path, "batch") as batch:
+        write_two(batch, "o2.parquet/newer")
+    assert texts(tmp_path) == {"o1/new": "new", "o2.parquet": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o1", "o2.parquet"]
+
+
+@pytest.mark.parametrize("name", ["o1", "o2.parquet"])
+def test_placing_that_was_broken_off_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_two(tmp_path, "old")
+    replace = Path.replace
+
+    def broken(self: Path, target: Path) -> Path:
+        if self.name == name:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", broken)
+        with pytest.raises(KeyboardInterrupt), placed_together(tmp_path, "batch") as batch:
+            write_two(batch, "new")
+    finish_placing(tmp_path)
+    assert texts(tmp_path) == {"o1/new": "new", "o2.parquet": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o1", "o2.parquet"]

@@ -27,7 +27,7 @@ from attribution.custom_diffusion import WEIGHTS
 from attribution.files import sha256_file
 from stages import customize, synthesize
 from stages.customizer import Customizer
-from stages.incremental import StageError, Summary, chunks
+from stages.incremental import READY, StageError, Summary, chunks
 from stages.synthesizer import Synthesizer
 from tests import test_customize, test_synthesize
 from tests.forked import Server, members, serving
@@ -68,10 +68,28 @@ def begun_in(folder: Path) -> list[tuple[float, list[str]]]:
     return [(float(line[0]), line[1:]) for line in lines]
 
 
+def die_placing(number: int | None) -> None:
+    """This process kills itself before that result, counted from 0, takes its place."""
+    replace, placed = Path.replace, itertools.count()
+
+    def counted(self: Path, target: Path) -> Path:
+        if next(placed) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = counted  # type: ignore[method-assign, assignment]
+
+
 def run_customize(
-    root: str, out: str, memory_mb: int = 0, views_per_step: int = 1, **changes: object
+    root: str,
+    out: str,
+    memory_mb: int = 0,
+    views_per_step: int = 1,
+    die_at: int | None = None,
+    **changes: object,
 ) -> None:
     """In a process of its own."""
+    die_placing(die_at)
     customize.Customizer = NotedCustomizer  # type: ignore[misc]
     training = method_settings(steps=2, views_per_step=views_per_step, priors_per_step=1)
     params = replace(test_customize.PARAMS, training=training, **changes)  # type: ignore[arg-type]
@@ -84,8 +102,9 @@ def run_customize(
     print(customize.run(params, base, exemplars=exemplars, customized=Path(out)))
 
 
-def run_synthesize(root: str, out: str, **changes: object) -> None:
+def run_synthesize(root: str, out: str, die_at: int | None = None, **changes: object) -> None:
     """In a process of its own."""
+    die_placing(die_at)
     synthesize.Synthesizer = NotedSynthesizer  # type: ignore[misc]
     summary = synthesize.run(
         replace(test_synthesize.PARAMS, **changes),  # type: ignore[arg-type]
@@ -139,11 +158,12 @@ class Stage:
         return out
 
     def finished(self, out: Path) -> dict[str, tuple[int, int, str]]:
-        """Each item that is whole, with what would change if it were written again."""
+        """Each item that is whole, in its place or ready for it; and what a second writing would change."""
         found = {}
-        for path in out.glob(self.items):
-            status = path.stat()
-            found[str(path.relative_to(out))] = (status.st_ino, status.st_mtime_ns, sha256_file(path))
+        for folder in (out, *out.glob(f"{READY}*")):
+            for path in folder.glob(self.items):
+                status = path.stat()
+                found[str(path.relative_to(folder))] = (status.st_ino, status.st_mtime_ns, sha256_file(path))
         return found
 
 
@@ -227,6 +247,24 @@ def workers_of(session: int) -> list[int]:
 
 def test_three_kills_lose_an_item_each_at_most(server: Server, root: Path, tmp_path: Path) -> None:
     assert len(kill_again_and_again(server, root, tmp_path, ONE_BY_ONE, kills=3, seed=0)) == 3
+
+
+@pytest.mark.parametrize("name", ["customize", "synthesize"])
+def test_a_batch_whose_placing_is_killed_is_neither_split_nor_made_again(
+    server: Server, root: Path, tmp_path: Path, name: str
+) -> None:
+    ONE_BY_ONE.undisturbed(server, root)  # whose models synthesize draws with
+    batched, out = stage(name, workers=1, batch=3), tmp_path / "out"
+    calm = batched.undisturbed(server, root)
+    options = {"root": str(root), "out": str(out), **batched.options}
+    # One of the first batch is placed; then the other two, and one of the second batch; then none.
+    for die_at, placed in ((1, 1), (3, 4), (0, 4)):
+        assert server.run(batched.function, tmp_path / "log", die_at=die_at, **options) == -signal.SIGKILL
+        assert len(list(out.glob(batched.items))) == placed
+        assert len(batched.finished(out)) == -(-placed // 3) * 3
+    assert server.run(batched.function, tmp_path / "log", **options) == 0
+    assert [names for _, names in begun_in(out)] == [names for _, names in begun_in(calm)]
+    assert contents(out) == contents(calm)
 
 
 @pytest.mark.nightly  # what a limit on addresses leaves to an allocator differs from machine to machine
