@@ -3,9 +3,9 @@
 In: data/world/exemplars.parquet, the base model. Out: data/customized/<concept_id>/, a delta in the files
 that diffusers loads, with customized.json; and _prior/, the base's own images of each noun. Incremental: a
 concept whose exemplars, parameters, base and code are as they were is kept, one that is gone is removed, a
-killed run goes on where it was, and what fails is named when all others are done. Cost: about 2 s per concept
-on 2 CPU cores with the mini base. What a concept is learned from: stages/lesson_plan.py; a batch:
-stages/customizer.py.
+killed run goes on where it was. What fails is named when all others are done, and in _failed.json where the
+stage may pass without it. Cost: about 2 s per concept on 2 CPU cores with the mini base. What a concept is
+learned from: stages/lesson_plan.py; a batch: stages/customizer.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from attribution.base_model import BaseSettings
 from attribution.concepts import Concept, read_concepts
 from attribution.params import load_params
 from stages.customizer import PRIOR, Customizer
-from stages.incremental import StageError, Summary, alone_in, batches, finish_placing, prune, room_for
+from stages.incremental import (
+    FAILED,
+    StageError,
+    Summary,
+    alone_in,
+    batches,
+    finish_placing,
+    leave_out,
+    prune,
+    room_for,
+)
 from stages.lesson_plan import Params
 from stages.workers import worker_map
 
@@ -31,13 +41,14 @@ def run(
 ) -> Summary:
     """Brings `customized` up to date with the concepts of `exemplars` (None: fresh ones and others).
 
-    Raises StageError naming the concepts that failed, after all others are done, or what stopped the run.
+    Raises StageError naming the concepts that failed, after all others are done, if they are too many, or
+    what stopped the run.
     """
     wanted = read_concepts(exemplars, fresh=fresh)
     customizer = Customizer.of(params, base, wanted, customized)
     with alone_in(customized):
         finish_placing(customized)
-        summary = Summary("customize", pruned=prune(customized, [PRIOR, *customizer.keys]))
+        summary = Summary("customize", pruned=prune(customized, [PRIOR, FAILED, *customizer.keys]))
         prune(customized / PRIOR, [customizer.base_key])
         pending = []
         for concept in wanted:
@@ -47,7 +58,8 @@ def run(
                 pending.append(concept)
         with summary.counting([concept.concept_id for concept in pending], customizer.is_done):
             customize_all(customizer, batches(wanted, pending, params.concepts_per_batch), summary)
-    summary.raise_failures()
+        summary.raise_failures(params.max_failed_share)
+        leave_out(customized, summary.failed, [PRIOR, *summary.done, *summary.reused])
     return summary
 
 
@@ -90,7 +102,7 @@ def main() -> None:
         )
     except StageError as error:
         sys.exit(str(error))
-    print(summary)
+    print(summary.report())
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Customizer:
     ) -> Customizer:
         """The one of these concepts: they depend on parameters, base and code, and on their own exemplars."""
         base_key = content_key(base.key(), code_key(*CODE))
-        shared = content_key(replace(params, workers=0, concepts_per_batch=0).used(), base_key)
+        plain = replace(params, workers=0, concepts_per_batch=0, max_failed_share=0.0)
+        shared = content_key(plain.used(), base_key)
         keys = {
             concept.concept_id: content_key(shared, concept.key(), params.exemplar_prompts(concept))
             for concept in wanted

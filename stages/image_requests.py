@@ -23,7 +23,8 @@ KINDS = {"object": ("media", "gpt"), "style": ("object", "gpt")}
 class Params:
     """`images_per_batch`: how many images are denoised at once; that and `workers` change rounding only.
 
-    `use_shipped`: whether the queries take in data/shipped/synthesized.parquet.
+    `max_failed_share`: how many of the concepts may fail before the stage does, those without a customized
+    model among them. `use_shipped`: whether the queries take in data/shipped/synthesized.parquet.
     """
 
     seed: int
@@ -31,9 +32,14 @@ class Params:
     prompts_per_kind: int
     samples_per_prompt: int
     images_per_batch: int
+    max_failed_share: float
     webp_quality: int
     use_shipped: bool
     sampler: Sampler
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from attribution.files import DiskFullError, atomic_path, content_key, require_space
+from attribution.files import DiskFullError, atomic_path, content_key, require_space, write_json
 from attribution.memory import is_out_of_memory
 
 T = TypeVar("T")
 SHOWN = 20
 READY = ".ready-"
+FAILED = "_failed.json"
 
 
 class StageError(RuntimeError):
@@ -74,13 +75,23 @@ class Summary:
                 # Whatever stopped the run, other processes may have finished theirs.
                 (self.done if is_done(item) else self.skipped).append(item)
 
-    def raise_failures(self) -> None:
-        """Raises StageError naming what failed; what is done stays done."""
-        if self.failed or self.stopped:
-            lines = [f"{item}: {reason}" for item, reason in sorted(self.failed.items())]
-            rest = [f"and {len(lines) - SHOWN:,} more"] * (len(lines) > SHOWN)
-            stop = [f"stopped: {self.stopped}"] * bool(self.stopped)
-            raise StageError("\n  ".join([str(self), *lines[:SHOWN], *rest, *stop]))
+    def report(self) -> str:
+        """The counts, and a line for each failure as far as a reader goes."""
+        lines = [f"{item}: {reason}" for item, reason in sorted(self.failed.items())]
+        rest = [f"and {len(lines) - SHOWN:,} more"] * (len(lines) > SHOWN)
+        return "\n  ".join([str(self), *lines[:SHOWN], *rest])
+
+    def raise_failures(self, allowed_share: float = 0.0) -> None:
+        """Raises StageError with the report if more failed than this share of all, or if the run was stopped.
+
+        What is done stays done.
+        """
+        if self.stopped:
+            raise StageError(f"{self.report()}\n  stopped: {self.stopped}")
+        allowed = int(allowed_share * (len(self.done) + len(self.reused) + len(self.failed)) + 1e-9)
+        if len(self.failed) > allowed:
+            option = f"{self.noun}.max_failed_share {allowed_share:g}"
+            raise StageError(f"{self.report()}\n  wanted at most {allowed:,} to fail ({option})")
 
 
 def one_line(error: BaseException) -> str:
@@ -177,6 +188,13 @@ def prune(folder: Path, keep: Iterable[str]) -> list[str]:
     for path in stale:
         _remove(path)
     return [path.name for path in stale]
+
+
+def leave_out(folder: Path, failed: dict[str, str], keep: Iterable[str]) -> None:
+    """Nothing that an earlier run made of what failed is left in `folder`, but the reasons are, in FAILED."""
+    prune(folder, keep)
+    if failed:
+        write_json(folder / FAILED, failed)
 
 
 def _place(ready: Path) -> None:

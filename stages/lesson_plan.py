@@ -45,13 +45,15 @@ class Words:
 class Params:
     """`views` of a concept are encoded once; `training` has settings for every method.
 
-    `workers` and `concepts_per_batch` change results by rounding only.
+    `workers` and `concepts_per_batch` change results by rounding only. `max_failed_share`: how many of the
+    concepts may fail before the stage does.
     """
 
     method: MethodName
     seed: int
     workers: int
     concepts_per_batch: int
+    max_failed_share: float
     views: int
     prior_images: int
     saved_dtype: Literal["float32", "float16"]
@@ -60,6 +62,10 @@ class Params:
     training: MethodSettings
     augmentation: AugmentationSettings
     prior_sampler: Sampler
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
 
     @property
     def settings(self) -> TrainingSettings:

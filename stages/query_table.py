@@ -24,8 +24,9 @@ def write_queries(
 ) -> str:
     """Lists every synthesized image in `path`, fresh before shipped, with what is known of its concept.
 
-    Returns a line of counts. Shipped rows of concepts that are fresh or unknown here are left out. Raises
-    ValueError when the shipped images are of another base model, or of a concept with other exemplars.
+    Returns a line of counts. Shipped rows of concepts that are fresh, even if they failed, or unknown here
+    are left out. Raises ValueError when the shipped images are of another base model, or of a concept with
+    other exemplars.
     """
     known = {concept.concept_id: concept for concept in read_concepts(exemplars)}
     columns = [name for name in SCHEMA.names if name != "image"]
@@ -36,7 +37,7 @@ def write_queries(
     if shipped is not None:
         check_shipped(shipped, base, known)
         others = read_image_table(shipped, columns).replace_schema_metadata(None)
-        mine = set(known) - set(fresh["concept_id"].to_pylist())
+        mine = {concept.concept_id for concept in read_concepts(exemplars, fresh=False)}
         mask = pc.is_in(others["concept_id"], value_set=pa.array(sorted(mine), pa.string()))
         left_out = len(others) - pc.sum(mask).as_py() if len(others) else 0
         others = others.filter(mask)

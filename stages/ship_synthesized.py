@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,9 @@ def run(
     Raises StageError for what failed in either stage, after all else is done; `shipped` is then as it was.
     """
     customized, synthesized = work / "customized", work / "synthesized"
+    # What is shipped lacks nothing.
+    customize_params = replace(customize_params, max_failed_share=0.0)
+    synthesize_params = replace(synthesize_params, max_failed_share=0.0)
     stages = (
         partial(customize.run, customize_params, customized=customized),
         partial(

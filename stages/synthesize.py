@@ -4,9 +4,10 @@ In: data/customized, data/prompts, data/world/exemplars.parquet, data/shipped/sy
 model. Out: data/synthesized/<concept_id>.parquet, image tables, and data/queries.parquet, the rest.
 Concepts of train and val are drawn from train prompts, those of test from test prompts. Any row can be drawn
 again with diffusers alone: load the delta, then pipe(prompt, generator=torch.Generator().manual_seed(seed)).
-Incremental per concept, and what fails is named when all others are done, as in customize. Cost: about 2 s
-per concept of 20 images on 2 CPU cores (mini base). Which images: stages/image_requests.py; a batch of them:
-stages/synthesizer.py; the table of queries: stages/query_table.py.
+Incremental per concept, and what fails is named when all others are done, as in customize; where the stage
+may pass without it, the queries are those of the others. Cost: about 2 s per concept of 20 images on 2 CPU
+cores (mini base). Which images: stages/image_requests.py; a batch of them: stages/synthesizer.py; the table
+of queries: stages/query_table.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from attribution.base_model import BaseSettings
 from attribution.concepts import read_concepts
 from attribution.params import load_params
 from stages.image_requests import Params, choose, read_prompts
-from stages.incremental import StageError, Summary, alone_in, batches, finish_placing, prune, room_for
+from stages.incremental import (
+    FAILED,
+    StageError,
+    Summary,
+    alone_in,
+    batches,
+    finish_placing,
+    leave_out,
+    prune,
+    room_for,
+)
 from stages.query_table import write_queries
 from stages.synthesizer import Synthesizer
 from stages.workers import worker_map
@@ -39,7 +50,8 @@ def run(
 ) -> Summary:
     """Brings `synthesized` up to date with the customized models of the (fresh) concepts.
 
-    Raises StageError naming the concepts that failed, after all others are done, or what stopped the run.
+    Raises StageError naming the concepts that failed, after all others are done, if they are too many, or
+    what stopped the run.
     """
     wanted = read_concepts(exemplars, fresh=fresh)
     words = read_prompts(prompts)
@@ -47,14 +59,16 @@ def run(
     with alone_in(customized, to_read=True), alone_in(synthesized):
         finish_placing(synthesized)
         synthesizer = Synthesizer.of(params, base, requests, customized, synthesized)
-        pruned = prune(synthesized, [f"{concept_id}.parquet" for concept_id in requests])
+        pruned = prune(synthesized, [FAILED, *(f"{concept_id}.parquet" for concept_id in requests)])
         summary = Summary("synthesize", pruned=pruned, failed=dict(synthesizer.without))
         pending: list[str] = []
         for concept_id in synthesizer.keys:
             (summary.reused if synthesizer.is_done(concept_id) else pending).append(concept_id)
         with summary.counting(pending, synthesizer.is_done):
             synthesize_all(synthesizer, pending, summary)
-    summary.raise_failures()
+        summary.raise_failures(params.max_failed_share)
+        drawn = (synthesizer.table(concept_id).name for concept_id in (*summary.done, *summary.reused))
+        leave_out(synthesized, summary.failed, drawn)
     return summary
 
 
@@ -81,7 +95,7 @@ def synthesize_all(synthesizer: Synthesizer, pending: Sequence[str], summary: Su
 
 
 def main() -> None:
-    """`python -m stages.synthesize`, from the repository's root. No queries are listed if one failed."""
+    """`python -m stages.synthesize`, from the repository's root. No queries are listed if too many failed."""
     params, base = load_params(Params, "synthesize"), load_params(BaseSettings, "base")
     exemplars, synthesized = Path("data/world/exemplars.parquet"), Path("data/synthesized")
     try:
@@ -95,7 +109,7 @@ def main() -> None:
         )
     except StageError as error:
         sys.exit(str(error))
-    print(summary)
+    print(summary.report())
     print(
         write_queries(
             Path("data/queries.parquet"),

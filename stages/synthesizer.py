@@ -65,14 +65,14 @@ class Synthesizer:
         synthesized: Path,
     ) -> Synthesizer:
         """The one of these requests: images depend on parameters, base, code, their model and the request."""
-        plain = replace(params, workers=0, images_per_batch=0, use_shipped=False)
+        plain = replace(params, workers=0, images_per_batch=0, max_failed_share=0.0, use_shipped=False)
         shared = content_key(plain, base.key(), code_key(*CODE))
         keys, without = {}, {}
         for concept_id, wanted in requests.items():
             try:
                 delta = model_files(customized / concept_id)
             except (FileNotFoundError, ValueError) as error:
-                without[concept_id] = f"{one_line(error)}; run: dvc repro customize"
+                without[concept_id] = f"{one_line(error)}; run: dvc repro --force --single-item customize"
             else:
                 keys[concept_id] = content_key(shared, delta, wanted)
         return cls(params, base, keys, without, dict(requests), customized, synthesized)

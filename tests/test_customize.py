@@ -27,7 +27,7 @@ from attribution.images import write_image_table
 from attribution.sampling import Drawing, Sampler
 from stages import customizer, lesson_plan
 from stages.customize import run
-from stages.incremental import StageError, Summary
+from stages.incremental import FAILED, StageError, Summary
 from stages.lesson_plan import Params, Words
 from tests.tiny import save_tiny_pipeline
 from tests.tiny_models import method_settings, training_settings
@@ -38,6 +38,7 @@ PARAMS = Params(
     seed=0,
     workers=1,
     concepts_per_batch=2,
+    max_failed_share=0.0,
     views=4,
     prior_images=2,
     saved_dtype="float32",
@@ -231,6 +232,28 @@ def test_a_bad_exemplar_fails_alone_and_is_named(stage: Callable, tmp_path: Path
         stage({**CONCEPTS, "o2": [b"no picture"]})
     assert (tmp_path / "customized" / "s1").is_dir()
     assert not (tmp_path / "customized" / "o2").exists()
+
+
+def test_what_failed_is_left_out_where_the_stage_may_pass_without_it(stage: Callable, tmp_path: Path) -> None:
+    stage(CONCEPTS)
+    spoilt = {**CONCEPTS, "o2": [b"no picture"]}
+    wanted = r"wanted at most 0 to fail \(customize\.max_failed_share 0\.3\)"
+    with pytest.raises(StageError, match=rf"2 reused, .*1 failed\n  o2: o2-0: not an image.*\n  {wanted}$"):
+        stage(spoilt, max_failed_share=0.3)
+    summary = stage(spoilt, max_failed_share=0.4)
+    assert (
+        summary.report() == f"customize: 0 done, 2 reused, 0 pruned, 1 failed\n  o2: {summary.failed['o2']}"
+    )
+    assert not (tmp_path / "customized" / "o2").exists()  # which was made of another exemplar
+    assert read_json(tmp_path / "customized" / FAILED) == summary.failed
+    assert stage(CONCEPTS).done == ["o2"]
+    assert not (tmp_path / "customized" / FAILED).exists()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"max_failed_share: wanted a share of 1, got {share}"):
+        replace(PARAMS, max_failed_share=share)
 
 
 DIVERGES = training_settings("custom_diffusion", learning_rate=1e38)

@@ -24,11 +24,12 @@ from attribution.concepts import read_concepts
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
 from attribution.customization import METHODS
 from attribution.customized_model import TOKEN_FILE
+from attribution.files import read_json
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
 from stages import customize, ship_synthesized, workers
 from stages.image_requests import Params, choose, read_prompts
-from stages.incremental import StageError
+from stages.incremental import FAILED, StageError
 from stages.query_table import write_queries
 from stages.synthesize import run
 from stages.synthesizer import KEY
@@ -42,6 +43,7 @@ PARAMS = Params(
     prompts_per_kind=2,
     samples_per_prompt=2,
     images_per_batch=16,
+    max_failed_share=0.0,
     webp_quality=95,
     use_shipped=True,
     sampler=Sampler("ddim", 2, 3.0, 1.0),
@@ -191,7 +193,8 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, world: SimpleNamespace) -
 
 def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
     with pytest.raises(
-        StageError, match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro customize\n"
+        StageError,
+        match=r"4 failed\n  o1: .*o1/.*: no such file; run: dvc repro --force --single-item customize\n",
     ):
         synthesize_in(tmp_path / "images", world, customized=tmp_path)
 
@@ -374,9 +377,37 @@ def test_a_bad_model_fails_alone_and_is_named(
     shutil.copytree(world.customized, customized)
     spoil(customized / "o2" / WEIGHTS_FILE, how)
     params = replace(PARAMS, images_per_batch=images_per_batch)
-    with pytest.raises(StageError, match=rf"^synthesize: 3 done, .*1 failed\n  o2: {reason}$"):
+    with pytest.raises(
+        StageError, match=rf"^synthesize: 3 done, .*1 failed\n  o2: {reason}\n  wanted at most 0 to fail"
+    ):
         synthesize_in(tmp_path / "images", world, params, customized=customized)
     assert sorted(path.stem for path in (tmp_path / "images").iterdir()) == ["o1", "o3t", "s1"]
+
+
+def test_what_failed_is_left_out_where_the_stage_may_pass_without_it(
+    tmp_path: Path, world: SimpleNamespace, shipped: SimpleNamespace
+) -> None:
+    images, customized = tmp_path / "images", tmp_path / "customized"
+    synthesize_in(images, world)
+    shutil.copytree(world.customized, customized)
+    shutil.rmtree(customized / "o2")  # as customize leaves what it passed without
+    spoil(customized / "s1" / WEIGHTS_FILE, "nan")
+    paths = {"customized": customized}
+    failed = r"(?s)2 failed\n  o2: .*no such file.*\n  s1: .*not finite.*\n"
+    with pytest.raises(
+        StageError, match=rf"{failed}  wanted at most 1 to fail \(synthesize\.max_failed_share 0\.4\)"
+    ):
+        synthesize_in(images, world, replace(PARAMS, max_failed_share=0.4), **paths)
+    summary: Any = synthesize_in(images, world, replace(PARAMS, max_failed_share=0.5), **paths)
+    assert (summary.reused, sorted(summary.failed)) == (["o1", "o3t"], ["o2", "s1"])
+    # Nothing is left of what was drawn with their former models, and what is shipped is no stand-in.
+    assert sorted(path.name for path in images.iterdir()) == [FAILED, "o1.parquet", "o3t.parquet"]
+    assert read_json(images / FAILED) == summary.failed
+    options = {"exemplars": world.exemplars, "synthesized": images, "shipped": shipped.path}
+    line = write_queries(tmp_path / "queries.parquet", world.base, **options)
+    assert line == "queries: 16 fresh, 0 shipped, 16 shipped left out"
+    assert synthesize_in(images, world).done == ["o2", "s1"]  # type: ignore[attr-defined]
+    assert not (images / FAILED).exists()
 
 
 def test_pixels_that_are_no_numbers_are_no_black_pictures(tmp_path: Path, world: SimpleNamespace) -> None:
