@@ -10,6 +10,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -32,12 +34,14 @@ class MemorySettings:
 
     `checkpoint_gradients`: the UNet's activations are made again on the way back. `slice_attention`:
     self-attention runs some heads at a time, where torch's own attention is not enough. `slice_vae`: pictures
-    pass through the autoencoder one at a time.
+    pass through the autoencoder one at a time. `offload`: the autoencoder and the text encoders are on the
+    device only while they work, else in the CPU's memory; the UNet stays.
     """
 
     checkpoint_gradients: bool
     slice_attention: bool
     slice_vae: bool
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,20 @@ def save_memory(pipe: Pipeline, memory: MemorySettings) -> None:
         pipe.enable_attention_slicing()
     if memory.slice_vae:
         pipe.vae.enable_slicing()
+    if memory.offload:
+        for part in (pipe.vae, *(encoder for _, encoder in text_encoders(pipe))):
+            cpu_offload_with_hook(part, pipe.unet.device)
+
+
+def leave_device(*parts: nn.Module) -> None:
+    """Where the base offloads, these parts give their place on the device to others; called, they return.
+
+    Where gradients are wanted, only after the way back.
+    """
+    for part in parts:
+        hook = getattr(part, "_hf_hook", None)
+        if isinstance(hook, CpuOffload):
+            hook.init_hook(part)
 
 
 def text_encoders(pipe: Pipeline) -> list[tuple[Any, Any]]:
@@ -180,9 +198,10 @@ def encode_images(
     """The latents (the mode of the posterior, in the UNet's scale) of RGB images."""
     parts = []
     for start in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(images[start : start + batch_size]).to(pipe.device)
+        pixels = torch.from_numpy(images[start : start + batch_size]).to(pipe.unet.device)
         pixels = pixels.permute(0, 3, 1, 2).to(pipe.vae.dtype) / 127.5 - 1
         parts.append(pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor)
+    leave_device(pipe.vae)
     return torch.cat(parts)
 
 
@@ -201,4 +220,5 @@ def decode_latents(
         if pixels.isnan().any():  # they would come out black
             raise ValueError("the decoder makes pixels that are no numbers; try base.dtype: float32")
         parts.append((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    leave_device(pipe.vae)
     return np.concatenate(parts)

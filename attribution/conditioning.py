@@ -37,7 +37,7 @@ def word_vectors(pipe: Pipeline, words: Sequence[str]) -> Float[Tensor, "words d
     for tokenizer, encoder in text_encoders(pipe):
         ids = [word_id(tokenizer, word) for word in words]
         rows.append(encoder.get_input_embeddings().weight[ids].detach())
-    return torch.cat(rows, dim=1)
+    return torch.cat(rows, dim=1).to(pipe.unet.device)
 
 
 def row_widths(pipe: Pipeline) -> list[int]:
@@ -53,10 +53,10 @@ def token_ids(
     Those of a second tokenizer, which pads differently, follow those of the first. Raises ValueError for a
     prompt that is too long: diffusers would cut it, and the concept with it.
     """
-    numbers = torch.tensor(models, device=pipe.device)[:, None]
+    numbers = torch.tensor(models, device=pipe.unet.device)[:, None]
     columns = []
     for tokenizer, _ in text_encoders(pipe):
-        ids = torch.tensor(_padded(tokenizer, prompts, token), device=pipe.device)
+        ids = torch.tensor(_padded(tokenizer, prompts, token), device=pipe.unet.device)
         columns.append(torch.where(ids == len(tokenizer) - 1, ids + numbers, ids))
     return torch.cat(columns, dim=1)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attribution.base_model import Pipeline
+from attribution.base_model import Pipeline, leave_device, text_encoders
 from attribution.conditioning import encode_text, token_ids, word_vectors
 from attribution.cross_attention import Text, project
 from attribution.customization import METHODS
@@ -67,7 +67,7 @@ def train(
     that diverged has losses that are not finite.
     """
     models, views, priors = len(lessons), settings.views_per_step, settings.priors_per_step
-    how = METHODS[method]
+    how, device = METHODS[method], pipe.unet.device
     seeds = [seed_from(seed, lesson.concept_id, "start") for lesson in lessons]
     start = how.start(pipe.unet, seeds, settings)
     weights = {name: weight.float().requires_grad_() for name, weight in start.items()}
@@ -88,8 +88,8 @@ def train(
         repeated = part[:, views:].expand(-1, priors, *part.shape[2:])
         return torch.cat([part[:, :views], repeated], dim=1).flatten(0, 1)
 
-    numbers = torch.arange(models, device=pipe.device)[:, None]
-    scale = LossScale(models, pipe.device) if pipe.unet.dtype == torch.float16 else None
+    numbers = torch.arange(models, device=device)[:, None]
+    scale = LossScale(models, device) if pipe.unet.dtype == torch.float16 else None
     losses = []
     with how.network(pipe.unet, weights) as predict:
         for step in range(settings.steps):
@@ -113,6 +113,7 @@ def train(
             optimizer.step()
             losses.append(loss.detach())
             on_step()
+    leave_device(*(encoder for _, encoder in text_encoders(pipe)))
     trained = {name: weight.detach() for name, weight in weights.items()}
     stack = ModelStack(method, trained, vectors.detach())
     return stack, torch.stack(losses).cpu().numpy()
@@ -169,7 +170,7 @@ def _draw(
         noise = torch.randn(latents.shape, generator=generator)
         rows.append((views, latents, valid, timesteps, noise))
     views, latents, valid, timesteps, noise = (
-        torch.stack(column).to(pipe.device) for column in zip(*rows, strict=True)
+        torch.stack(column).to(pipe.unet.device) for column in zip(*rows, strict=True)
     )
     return _Batch(views, latents.to(pipe.unet.dtype), valid, timesteps, noise.to(pipe.unet.dtype))
 

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.base_model import Pipeline, latent_shape
+from attribution.base_model import Pipeline, latent_shape, leave_device, text_encoders
 from attribution.conditioning import encode_text, token_ids, word_vectors
 from attribution.cross_attention import Conditioning, Text, project
 from attribution.customization import METHODS
@@ -77,7 +77,7 @@ def draw_latents(
     The empty prompt of guidance is read with the model's own keys and values, as there.
     """
     shape = (1, *latent_shape(pipe))
-    device, dtype = pipe.device, pipe.unet.dtype
+    device, dtype = pipe.unet.device, pipe.unet.dtype
     if not drawings:
         return torch.zeros(0, *shape[1:], device=device, dtype=dtype)
     empty = [(drawing.model, "") for drawing in drawings]
@@ -85,6 +85,7 @@ def draw_latents(
     place = {pair: number for number, pair in enumerate(dict.fromkeys([*empty, *pairs]))}
     stack = stack.to(device, dtype)
     told = _tell(pipe, stack, list(place))
+    leave_device(*(encoder for _, encoder in text_encoders(pipe)))
     scheduler = sampler.build(pipe.scheduler.config)
     guided = sampler.guidance > 1
     options = {"eta": sampler.eta} if sampler.scheduler == "ddim" else {}

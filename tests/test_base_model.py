@@ -25,7 +25,7 @@ from attribution.base_model import (
 )
 from tests.tiny import save_tiny_pipeline
 
-NONE = MemorySettings(checkpoint_gradients=False, slice_attention=False, slice_vae=False)
+NONE = MemorySettings(checkpoint_gradients=False, slice_attention=False, slice_vae=False, offload=False)
 
 
 @pytest.fixture(scope="module")

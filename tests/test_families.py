@@ -105,7 +105,7 @@ def test_diffusers_alone_draws_the_same_image(
 
 @of_every_method
 def test_the_stages_do_not_mind(folder: Path, tmp_path: Path, method: str) -> None:
-    saving = MemorySettings(method != "dreambooth", True, True)
+    saving = MemorySettings(method != "dreambooth", True, True, True)
     base = BaseSettings(str(folder), None, "cpu", "float32", saving)
     exemplars = write_exemplars(
         tmp_path / "exemplars.parquet", {name: CONCEPTS[name] for name in ("o1", "o2")}

@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_pipeline
 from tests.tiny_models import training_settings
 
 LESSONS = [lesson("one"), lesson("two", noun="tree", initializer="red")]
-SAVING = MemorySettings(checkpoint_gradients=True, slice_attention=False, slice_vae=False)
+SAVING = MemorySettings(checkpoint_gradients=True, slice_attention=False, slice_vae=False, offload=False)
 
 
 @pytest.fixture(scope="module")
