@@ -54,5 +54,7 @@ def influence_due(
     ids: Int[np.ndarray, "queries k"], own: Int[np.ndarray, "queries slots"]
 ) -> Float[np.ndarray, "queries k"]:
     """1 / P where an id is one of the query's own exemplars (`own`: gallery ids, then -1), else 0."""
-    hit = ((ids[:, :, None] == own[:, None, :]) & (own >= 0)[:, None, :]).any(axis=2)
+    hit = np.zeros(ids.shape, dtype=bool)
+    for slot in own.T[:, :, None]:  # all at once would take queries x k x slots
+        hit |= (ids == slot) & (slot >= 0)
     return hit / (own >= 0).sum(axis=1, keepdims=True)
