@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,24 @@ class Calibrator:
 
 def relaxed_loss(
     scores: Float[np.ndarray, "queries gallery"],
-    own: Bool[np.ndarray, "queries gallery"],
+    own: Bool[np.ndarray, "queries exemplars"],
     inv_tau: float,
     b: float,
+    counts: Float[np.ndarray, "queries gallery"] | None = None,
 ) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, "queries 2"]]:
     """Per query, the fitting loss and its derivatives by (inv_tau, b).
 
         t_j = softplus(e_j + b, beta=100),  loss = log sum_j t_j - mean_{j own} log t_j
 
     which is KL(uniform over the query's own exemplars || influence) up to a constant (arXiv:2306.09345).
-    Raises ValueError for a query without own exemplars in the gallery.
+    `own` covers the first columns of the gallery, or all. A score stands for so many items as `counts` says,
+    for one without. Raises ValueError for a query without own exemplars in the gallery.
     """
     sizes = own.sum(axis=1)
     if (sizes == 0).any():
         raise ValueError(f"own: query {int((sizes == 0).argmax())} has no exemplar in the gallery")
     gaps = scores - _checked_max(scores)
-    loss, slope = _log_sum(gaps, inv_tau, b)
+    loss, slope = _log_sum(gaps, inv_tau, b, counts)
     row, column = np.nonzero(own)
     own_gaps = gaps[row, column].astype(np.float64)  # t may be 1e-46, which float32 does not hold
     e, grade, t = _relaxed(own_gaps, inv_tau, b)
@@ -96,25 +98,34 @@ def relaxed_loss(
     return loss, slope
 
 
+def losses(
+    scores: Float[np.ndarray, "queries gallery"],
+    own: Bool[np.ndarray, "queries exemplars"],
+    calibrator: Calibrator,
+    counts: Float[np.ndarray, "queries gallery"] | None = None,
+) -> Float[np.ndarray, " queries"]:
+    """The `relaxed_loss` of each query alone, a block of queries at a time."""
+    found = [loss for loss, _ in _in_blocks(scores, own, calibrator.inv_tau, calibrator.b, counts)]
+    return np.concatenate([np.empty(0), *found])
+
+
 def fit(
     scores: Float[np.ndarray, "queries gallery"],
-    own: Bool[np.ndarray, "queries gallery"],
+    own: Bool[np.ndarray, "queries exemplars"],
     *,
     start: Calibrator,
+    counts: Float[np.ndarray, "queries gallery"] | None = None,
 ) -> Calibrator:
     """The calibrator with the least mean `relaxed_loss`, found by BFGS from the best of a coarse grid.
 
     The search runs over log(inv_tau) and the logit of -b, so that it cannot leave the allowed range.
     """
-    rows = max(1, BLOCK // scores.shape[1])
 
     def objective(point: np.ndarray, step: int = 1) -> tuple[float, np.ndarray]:
         inv_tau, b = _from_free(point)
         total, slope, queries = 0.0, np.zeros(2), 0
-        for first in range(0, len(scores), rows * step):
-            block = slice(first, first + rows * step, step)
-            losses, slopes = relaxed_loss(scores[block], own[block], inv_tau, b)
-            total, slope, queries = total + losses.sum(), slope + slopes.sum(axis=0), queries + len(losses)
+        for loss, slopes in _in_blocks(scores, own, inv_tau, b, counts, step):
+            total, slope, queries = total + loss.sum(), slope + slopes.sum(axis=0), queries + len(loss)
         return total / queries, slope / queries * np.array([inv_tau, b * (1 + b)])
 
     thin = max(1, len(scores) // 64)
@@ -129,9 +140,29 @@ def fit(
     return Calibrator(*_from_free(_bfgs(objective, near, curvature)[0]))
 
 
-def _log_sum(gaps: np.ndarray, inv_tau: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+def _in_blocks(
+    scores: np.ndarray,
+    own: np.ndarray,
+    inv_tau: float,
+    b: float,
+    counts: np.ndarray | None,
+    step: int = 1,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`relaxed_loss` of every `step`-th query, so many at a time as BLOCK allows."""
+    rows = max(1, BLOCK // scores.shape[1]) * step
+    for first in range(0, len(scores), rows):
+        block = slice(first, first + rows, step)
+        some = None if counts is None else counts[block]
+        yield relaxed_loss(scores[block], own[block], inv_tau, b, some)
+
+
+def _log_sum(
+    gaps: np.ndarray, inv_tau: float, b: float, counts: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """log sum_j t_j and its derivatives; [queries], [queries, 2]. In the precision of `gaps`, summed wide."""
     e, grade, t = _relaxed(gaps, inv_tau, b)
+    if counts is not None:
+        grade, t = grade * counts, t * counts
     total = t.sum(axis=1, dtype=np.float64)
     by_b = grade.sum(axis=1, dtype=np.float64)
     by_inv_tau = (grade * _times_gap(e, gaps)).sum(axis=1, dtype=np.float64)

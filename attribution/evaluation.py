@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from attribution.gallery import Gallery
 from attribution.mapper import Mapper
 from attribution.queries import Queries
 from attribution.ranking import (
@@ -80,33 +81,84 @@ class Intervals:
         return bootstrap_interval(values, models, resamples=self.resamples, seed=self.seed)
 
 
+class Rivals:
+    """Rivals of each query's own exemplars in one space, counted while the distractors pass by.
+
+    Exact: counts over parts of a gallery add up. `sizes` are those of smaller galleries to be ranked in too.
+    """
+
+    def __init__(
+        self,
+        queries: Float[np.ndarray, "queries dim"],
+        exemplars: Float[np.ndarray, "exemplars dim"],
+        own: Int[np.ndarray, "queries slots"],
+        sizes: Iterable[int],
+    ) -> None:
+        self.queries = queries
+        self.scores = own_scores(queries, exemplars, own)
+        self.others = count_other_exemplars(queries, exemplars, self.scores)
+        self.counts = np.zeros(self.scores.shape, dtype=np.int64)
+        self.sizes = frozenset(sizes)
+        self.passed = 0
+        self.by_size: dict[int, np.ndarray] = {}
+
+    def add(self, distractors: Float[np.ndarray, "rows dim"]) -> None:
+        """Counts the next distractors."""
+        inside = sorted(size - self.passed for size in self.sizes)
+        for block in np.split(distractors, [cut for cut in inside if 0 < cut < len(distractors)]):
+            self.counts += count_rivals(self.queries, block, self.scores)
+            self.passed += len(block)
+            if self.passed in self.sizes:
+                self.by_size[self.passed] = ranks_from_rivals(self.counts, self.scores)
+
+    def ranks(self) -> Ranks:
+        """Ranks among all that have passed."""
+        own = ranks_from_rivals(self.counts, self.scores)
+        hard = ranks_from_rivals(self.counts + self.others, self.scores)
+        return Ranks({**self.by_size, self.passed: own}, hard)
+
+
 def rank(vectors: Vectors, queries: Queries, gallery_sizes: Sequence[int]) -> Ranks:
-    """Exact ranks by counting. Each distractor is scored once: counts over parts of a gallery add up."""
-    total = len(vectors.distractors)
-    ends = sorted({size for size in gallery_sizes if size < total} | {total})
-    scores = own_scores(vectors.queries, vectors.exemplars, queries.own)
-    rivals = np.zeros(scores.shape, dtype=np.int64)
-    by_size = {}
-    for first, end in zip([0, *ends], ends, strict=False):
-        rivals = rivals + count_rivals(vectors.queries, vectors.distractors[first:end], scores)
-        by_size[end] = ranks_from_rivals(rivals, scores)
-    others = count_other_exemplars(vectors.queries, vectors.exemplars, scores)
-    return Ranks(by_size, ranks_from_rivals(rivals + others, scores))
+    """Exact ranks by counting. Each distractor is scored once."""
+    rivals = Rivals(vectors.queries, vectors.exemplars, queries.own, gallery_sizes)
+    rivals.add(vectors.distractors)
+    return rivals.ranks()
 
 
-def rank_by_kind(
-    raw: Vectors, mappers: Mapping[str, Mapper], queries: Queries, gallery_sizes: Sequence[int]
-) -> Ranks:
-    """Ranks of the queries of each kind in the space of that kind's mapper."""
-    hard = np.empty_like(queries.own)
-    by_size: dict[int, np.ndarray] = {}
-    for kind, mapper in mappers.items():
-        rows = np.flatnonzero(queries.kinds == kind)
-        asked = dataclasses.replace(raw, queries=raw.queries[rows])
-        found = rank(asked.map(mapper), queries.take(rows), gallery_sizes)
+def rank_in_spaces(
+    spaces: Mapping[str, Mapping[str, Mapper]],
+    asked: Float[np.ndarray, "queries dim"],
+    queries: Queries,
+    gallery: Gallery,
+    gallery_sizes: Sequence[int],
+) -> dict[str, Ranks]:
+    """Ranks in several spaces, each of a mapper for each kind of query, while the gallery passes by once.
+
+    `asked` are the queries' features, un-normalized. Kinds that share a mapper share its work.
+    """
+    counted: dict[str, list[tuple[np.ndarray, Mapper, Rivals]]] = {}
+    for name, mappers in spaces.items():
+        counted[name] = []
+        for mapper in {id(one): one for one in mappers.values()}.values():
+            rows = np.flatnonzero([mappers[kind] is mapper for kind in queries.kinds.tolist()])
+            vectors, exemplars = mapper.map_synth(asked[rows]), mapper.map_real(gallery.exemplars)
+            rivals = Rivals(vectors, exemplars, queries.own[rows], gallery_sizes)
+            counted[name].append((rows, mapper, rivals))
+    for block in gallery.distractor_blocks():
+        for parts in counted.values():
+            for _, mapper, rivals in parts:
+                rivals.add(mapper.map_real(block))
+    return {name: _join(parts, queries.own.shape) for name, parts in counted.items()}
+
+
+def _join(parts: Sequence[tuple[np.ndarray, Mapper, Rivals]], shape: tuple[int, ...]) -> Ranks:
+    """The ranks of all queries, out of those of some rows each."""
+    hard, by_size = np.empty(shape, np.int64), dict[int, np.ndarray]()
+    for rows, _, rivals in parts:
+        found = rivals.ranks()
         hard[rows] = found.hard
         for size, ranks in found.by_size.items():
-            by_size.setdefault(size, np.empty_like(queries.own))[rows] = ranks
+            by_size.setdefault(size, np.empty(shape, np.int64))[rows] = ranks
     return Ranks(by_size, hard)
 
 

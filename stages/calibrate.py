@@ -14,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from attribution import similarity
-from attribution.calibrator import Calibrator, fit, relaxed_loss
+from attribution.calibrator import Calibrator, fit, losses
+from attribution.gallery import Gallery, attribute_all
 from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.reliability import influence_due, reliability
+from attribution.score_bins import ScoreBins
 
 SHOWN = 100  # items per query whose influence is known one by one; the rest is one bin
+EXACT_ROWS = 1 << 16  # a larger gallery's scores are not kept one by one
+SCORED = 8192  # rows whose scores with all queries are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +57,63 @@ def run(
     mapper = Mapper.load(mapper_path, backbone=backbone, dim=exemplar_set.space.dim)
     queries = sample_queries(read_queries(queries_path, exemplars, split="val"), params)
     vectors = mapper.map_synth(query_set.select(queries.image_ids))
-    real = mapper.map_real(exemplar_set.select(exemplars.image_ids))
-    distractors = distractor_set.through(mapper.map_real)
-
-    scores = np.concatenate([vectors @ real.T, vectors @ distractors.T], axis=1)
-    own = np.zeros(scores.shape, dtype=bool)
+    gallery = Gallery(
+        exemplars.image_ids,
+        exemplar_set.select(exemplars.image_ids),
+        distractor_set,
+        np.arange(len(distractor_set)),
+    )
+    own = np.zeros((len(queries), len(gallery.exemplars)), dtype=bool)
     row, slot = np.nonzero(queries.own >= 0)
     own[row, queries.own[row, slot]] = True
+    scores, counts = score_all(gallery, mapper, vectors)
     start = Calibrator(params.inv_tau_start, params.b_start)
-    fitted = fit(scores, own, start=start)
+    fitted = fit(scores, own, start=start, counts=counts)
+    calibrators = {"before": start, "after": fitted}
+    found = attribute_all(gallery, mapper, vectors, calibrators, k=SHOWN)
 
-    def report(calibrator: Calibrator) -> dict[str, float]:
-        losses, _ = relaxed_loss(scores, own, calibrator.inv_tau, calibrator.b)
-        shown = similarity.attribute(
-            vectors, [real, distractors], k=SHOWN, inv_tau=calibrator.inv_tau, b=calibrator.b
-        )
-        found = reliability(shown.influence, influence_due(shown.ids, queries.own))
+    def report(name: str) -> dict[str, float]:
+        calibrator, shown = calibrators[name], found[name]
         return {
             "inv_tau": calibrator.inv_tau,
             "b": calibrator.b,
-            "log_likelihood": -float(losses.mean()),
-            "expected_calibration_error": found.error,
+            "log_likelihood": -float(losses(scores, own, calibrator, counts).mean()),
+            "expected_calibration_error": reliability(
+                shown.influence, influence_due(shown.ids, queries.own)
+            ).error,
         }
 
     fitted.save(
         output_path,
         backbone=backbone,
         revision=exemplar_set.space.revision,
-        gallery=scores.shape[1],
+        gallery=len(gallery),
         queries=len(queries),
         customized_models=len(np.unique(queries.concept_ids)),
-        before=report(start),
-        after=report(fitted),
+        before=report("before"),
+        after=report("after"),
+    )
+
+
+def score_all(gallery: Gallery, mapper: Mapper, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scores of the mapped queries with all exemplars, then distractors, and how many items each stands for.
+
+    Each for one (None) in a gallery of EXACT_ROWS or fewer, else as `ScoreBins` says of the distractors.
+    """
+    blocks = gallery.mapped_blocks(mapper)
+    exemplars = next(blocks)
+    of_exemplars = queries @ exemplars.T
+    if len(gallery) <= EXACT_ROWS:
+        distractors = np.concatenate([exemplars[:0], *blocks])
+        return np.concatenate([of_exemplars, queries @ distractors.T], axis=1), None
+    bins = ScoreBins(len(queries))
+    for block in blocks:
+        for some in np.split(block, range(SCORED, len(block), SCORED)):
+            bins.add(queries @ some.T)
+    scores, counts = bins.points()
+    return (
+        np.concatenate([of_exemplars, scores], axis=1),
+        np.concatenate([np.ones_like(of_exemplars), counts], axis=1),
     )
 
 

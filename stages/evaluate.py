@@ -24,15 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.calibrator import Calibrator
-from attribution.evaluation import Intervals, Ranks, Vectors, rank, rank_by_kind, tabulate
+from attribution.evaluation import Intervals, Ranks, rank_in_spaces, tabulate
 from attribution.files import atomic_path, read_json, write_json
+from attribution.gallery import Gallery, attribute_all
 from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.plots import Curve, plot_curves, plot_reliability
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.ranking import NO_RANK, chance_recall, recall_at, recall_ceiling
 from attribution.reliability import Reliability, influence_due, reliability
-from attribution.similarity import Attribution, attribute
+from attribution.similarity import Attribution
 from stages import tracking
 from stages.page import write_page
 
@@ -83,31 +84,27 @@ def run(
     exemplar_set, query_set, distractor_set = open_features(features_dir, backbone)
     # Any first n of the shuffled distractors are a smaller gallery like the whole.
     shuffled = np.random.default_rng(params.seed).permutation(len(distractor_set))
-    raw = Vectors(
-        query_set.select(queries.image_ids),
-        exemplar_set.select(exemplars.image_ids),
-        distractor_set.take(shuffled),
-    )
-    gallery_ids = np.concatenate([exemplars.image_ids, distractor_set.image_ids[shuffled]])
-    mappers = load_mappers(mapper_dir, backbone, exemplar_set.space.dim)
-    ranks = {
-        variant: rank(raw.map(mapper), queries, params.gallery_sizes) for variant, mapper in mappers.items()
-    }
+    gallery = Gallery(exemplars.image_ids, exemplar_set.select(exemplars.image_ids), distractor_set, shuffled)
+    asked = query_set.select(queries.image_ids)
     kinds = np.unique(queries.kinds).tolist()
+    mappers = load_mappers(mapper_dir, backbone, exemplar_set.space.dim)
+    spaces = {variant: dict.fromkeys(kinds, mapper) for variant, mapper in mappers.items()}
     for variant, file in OWN_KIND.items():
-        own_kind = {kind: Mapper.load(mapper_dir / file, backbone=backbone, own_kind=kind) for kind in kinds}
-        ranks[variant] = rank_by_kind(raw, own_kind, queries, params.gallery_sizes)
+        spaces[variant] = {
+            kind: Mapper.load(mapper_dir / file, backbone=backbone, own_kind=kind) for kind in kinds
+        }
+    ranks = rank_in_spaces(spaces, asked, queries, gallery, params.gallery_sizes)
+    mapped = mappers["mapped"]
     # The last one is the fitted calibrator: what it says is the result.
-    attributions = {
-        name: attribute_all(raw.map(mappers["mapped"]), calibrator, params.top_k)
-        for name, calibrator in load_calibrators(calibrator_path).items()
-    }
+    attributions = attribute_all(
+        gallery, mapped, mapped.map_synth(asked), load_calibrators(calibrator_path), k=params.top_k
+    )
     claims = {
         name: reliability(one.influence, influence_due(one.ids, queries.own))
         for name, one in attributions.items()
     }
     own_size = queries.sizes + len(shuffled)
-    hard_size = np.full(len(queries), len(gallery_ids))
+    hard_size = np.full(len(queries), len(gallery))
     settings = (params.recall_at, Intervals(params.resamples, params.seed))
     metrics = {
         "backbone": backbone,
@@ -120,7 +117,7 @@ def run(
     }
     about = {
         "features": dataclasses.asdict(exemplar_set.space),
-        "train_mapper": {"kind": mappers["mapped"].kind, **mappers["mapped"].config},
+        "train_mapper": {"kind": mapped.kind, **mapped.config},
         "calibrate": read_json(calibrator_path),
         "evaluate": dataclasses.asdict(params),
     }
@@ -128,17 +125,14 @@ def run(
     with atomic_path(output_dir) as partial:
         partial.mkdir()
         write_json(partial / "params.json", about)
-        write_attributions(
-            partial / "attributions.parquet", queries, gallery_ids, after, ranks["mapped"].hard
-        )
+        write_attributions(partial / "attributions.parquet", queries, gallery, after, ranks["mapped"].hard)
         write_recall_at_k(partial, backbone, ranks, queries, own_size, params)
         plot_gallery_size(partial / "gallery_size.png", backbone, ranks, queries, params)
         plot_reliability(partial / "reliability.png", claims, title=f"{backbone}: influence, claimed and due")
         write_page(
             partial / "page.png",
             queries,
-            exemplars,
-            gallery_ids,
+            gallery,
             after,
             picture_paths,
             rows=params.page_queries,
@@ -162,12 +156,6 @@ def load_calibrators(path: Path) -> dict[str, Calibrator]:
     return {"before": Calibrator(before["inv_tau"], before["b"]), "after": after}
 
 
-def attribute_all(mapped: Vectors, calibrator: Calibrator, top_k: int) -> Attribution:
-    """The best matches among all exemplars, then all distractors, with their influence."""
-    gallery = [mapped.exemplars, mapped.distractors]
-    return attribute(mapped.queries, gallery, k=top_k, inv_tau=calibrator.inv_tau, b=calibrator.b)
-
-
 def calibration(claims: Reliability, attribution: Attribution) -> dict[str, float]:
     """Calibration error over the test queries; support (images) and remainder as means."""
     return {
@@ -180,16 +168,16 @@ def calibration(claims: Reliability, attribution: Attribution) -> dict[str, floa
 def write_attributions(
     path: Path,
     queries: Queries,
-    gallery_ids: np.ndarray,
+    gallery: Gallery,
     attribution: Attribution,
     hard_ranks: np.ndarray,
 ) -> None:
     """One row per test query: its best matches among distractors and everyone's exemplars, best first."""
-    found = slice(0, min(attribution.ids.shape[1], len(gallery_ids)))
+    found = slice(0, min(attribution.ids.shape[1], len(gallery)))
     columns = {
         "image_id": queries.image_ids.tolist(),
         "concept_id": queries.concept_ids.tolist(),
-        "gallery_ids": gallery_ids[attribution.ids[:, found]].tolist(),
+        "gallery_ids": [gallery.image_ids(ids).tolist() for ids in attribution.ids[:, found]],
         "scores": list(attribution.scores[:, found]),
         "influence": list(attribution.influence[:, found]),
         "support": attribution.support,

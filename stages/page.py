@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset as pads
 from PIL import Image
 
-from attribution.images import decode_image
+from attribution.gallery import Gallery
+from attribution.images import decode_image, find_rows
 from attribution.plots import Match, PageRow, draw_page
-from attribution.queries import Exemplars, Queries
+from attribution.queries import Queries
 from attribution.similarity import Attribution
 
 BEST = 5
@@ -20,8 +20,7 @@ BEST = 5
 def write_page(
     path: Path,
     queries: Queries,
-    exemplars: Exemplars,
-    gallery_ids: np.ndarray,
+    gallery: Gallery,
     attribution: Attribution,
     picture_paths: Sequence[Path],
     *,
@@ -33,11 +32,12 @@ def write_page(
     `blanks`: distractors without a picture, whose features came ready made, are shown as grey squares.
     """
     chosen = choose_queries(queries, rows)
-    best = min(BEST, attribution.ids.shape[1], len(gallery_ids))
+    best = min(BEST, attribution.ids.shape[1], len(gallery))
     matches = attribution.ids[chosen, :best]
-    own_ids = exemplars.image_ids[queries.own[chosen, 0]]
-    wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *gallery_ids[matches].ravel().tolist()}
-    distractor_ids = gallery_ids[matches[matches >= len(exemplars.image_ids)]].tolist()
+    match_ids = gallery.image_ids(matches)
+    own_ids = gallery.exemplar_ids[queries.own[chosen, 0]]
+    wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *match_ids.ravel().tolist()}
+    distractor_ids = match_ids[matches >= len(gallery.exemplars)].tolist()
     pictures = read_pictures(picture_paths, wanted, may_lack=distractor_ids if blanks else ())
     draw_page(
         path,
@@ -48,15 +48,15 @@ def write_page(
                 caption=f"{queries.kinds[query]}, remainder {attribution.remainder[query]:.0%}",
                 matches=[
                     Match(
-                        picture=pictures[gallery_ids[item]],
+                        picture=pictures[match_id],
                         score=float(attribution.scores[query, place]),
                         influence=float(attribution.influence[query, place]),
                         own=bool(item in queries.own[query]),
                     )
-                    for place, item in enumerate(items)
+                    for place, (item, match_id) in enumerate(zip(items, ids, strict=True))
                 ],
             )
-            for query, own_id, items in zip(chosen, own_ids, matches, strict=True)
+            for query, own_id, items, ids in zip(chosen, own_ids, matches, match_ids, strict=True)
         ],
     )
 
@@ -81,10 +81,8 @@ def read_pictures(
     Raises ValueError naming another one that is not there.
     """
     files = [file for path in paths for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
-    table = pads.dataset([str(file) for file in files], format="parquet").to_table(
-        columns=["image_id", "image"], filter=pads.field("image_id").isin(sorted(image_ids))
-    )
-    encoded = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    wanted = sorted(image_ids)
+    encoded = {name: row["image"] for file in files for name, row in find_rows(file, wanted).items()}
     lacking = set(image_ids) - set(encoded)
     if missing := sorted(lacking - set(may_lack)):
         where = ", ".join(map(str, paths))

@@ -13,6 +13,7 @@ from attribution.calibrator import Calibrator
 from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.queries import read_exemplars, read_queries
+from stages import calibrate as stage
 from stages.calibrate import Params, run, sample_queries
 from tests.feature_world import FeatureWorld, make_world
 
@@ -61,6 +62,18 @@ def test_twice_gives_equal_bytes(world: FeatureWorld, tmp_path: Path) -> None:
     calibrate(world, tmp_path / "a.json")
     calibrate(world, tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_a_gallery_too_large_for_all_scores_gives_the_same(
+    world: FeatureWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = calibrate(world, tmp_path / "all.json")
+    monkeypatch.setattr(stage, "EXACT_ROWS", 100)
+    found = calibrate(world, tmp_path / "bins.json")
+    assert found["gallery"] == wanted["gallery"]
+    for when in ("before", "after"):
+        for name, value in found[when].items():
+            assert value == pytest.approx(wanted[when][name], rel=1e-3, abs=1e-5), name
 
 
 def test_queries_are_sampled_evenly_by_model(world: FeatureWorld) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from attribution import gallery
 from attribution.calibrator import Calibrator
 from attribution.features import FeatureSet
 from attribution.mapper import Mapper, whitening
@@ -216,6 +217,18 @@ def test_twice_gives_equal_bytes(done: Evaluated, tmp_path: Path) -> None:
             else again.folder / path.name
         )
         assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_ragged_blocks_give_the_same(
+    done: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"BLOCK": 7, "BLOCK_BYTES": 1, "READ_BYTES": 3000}.items():
+        monkeypatch.setattr(gallery, name, value)
+    found = evaluate(done.world, tmp_path)
+    assert found.metrics == done.metrics
+    name = "attributions.parquet"
+    ids = [pq.read_table(one.folder / name)["gallery_ids"].to_pylist() for one in (found, done)]
+    assert ids[0] == ids[1]
 
 
 def test_k_larger_than_the_gallery(done: Evaluated, tmp_path: Path) -> None:
