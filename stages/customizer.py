@@ -17,8 +17,8 @@ from attribution.customization import RECORD, write_model
 from attribution.customized_model import TOKEN, CustomizedModel
 from attribution.files import content_key, read_json, write_json
 from attribution.lessons import Lesson, train
-from stages.imports import code_behind
-from stages.incremental import Summary, code_key, concerns_one, one_line, placed_together
+from stages.imports import code_behind, code_key
+from stages.incremental import Summary, concerns_one, one_line, placed_together
 from stages.lesson_plan import Params, prepare, prior_latents
 from stages.workers import base_pipeline, batched, is_worker
 

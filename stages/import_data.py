@@ -33,7 +33,8 @@ from attribution.images import write_image_table
 from attribution.intake import FAULTS, Rules, Skipped, Taken, check_share, take_all, write_skipped
 from attribution.params import load_params
 from attribution.sources import Unit, list_units, read_file
-from stages.incremental import code_key, prune
+from stages.imports import code_key
+from stages.incremental import prune
 
 # A part is also a row group at most, which its readers hold in memory.
 PART_BYTES = 256 * 2**20

@@ -1,9 +1,11 @@
-"""What a module imports of this repository, itself or through others: the code that its results depend on."""
+"""The code that kept results depend on: what their makers import of this repository, also through others."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+
+from attribution.files import content_key
 
 ROOT = Path(__file__).resolve().parents[1]
 # How work is shared, files are written and settings are read changes no result; values of settings count by
@@ -25,7 +27,12 @@ def code_behind(module: str) -> tuple[str, ...]:
     What it comes to import cannot be forgotten, as it would be in a list.
     """
     beside = {ROOT / name for name in BESIDE}
-    return tuple(str(path) for path in sorted(imported_files(Path(module), ROOT) - beside))
+    return tuple(str(path) for path in sorted(imported_files(Path(module).resolve(), ROOT) - beside))
+
+
+def code_key(*modules: str) -> str:
+    """Equal while the modules (paths of .py files) hold equal code: comments and docstrings do not count."""
+    return content_key([_code(Path(module)) for module in modules])
 
 
 def imported_files(module: Path, root: Path) -> set[Path]:
@@ -41,3 +48,12 @@ def imported_files(module: Path, root: Path) -> set[Path]:
                     found.add(path)
                     todo.append(path)
     return found
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            has_docstring = ast.get_docstring(node, clean=False) is not None
+            node.body = node.body[has_docstring:]
+    return ast.dump(tree)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fcntl
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from attribution.files import DiskFullError, atomic_path, content_key, require_space, write_json
+from attribution.files import DiskFullError, atomic_path, require_space, write_json
 from attribution.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -153,11 +152,6 @@ def room_for(count: int, noun: str, *, like: Path) -> None:
     require_space(like.parent, count * size, f"{count:,} more {noun}")
 
 
-def code_key(*modules: str) -> str:
-    """Equal while the modules (paths of .py files) hold equal code: comments and docstrings do not count."""
-    return content_key([_code(Path(module)) for module in modules])
-
-
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`items` in order, `size` at a time."""
     return (items[start : start + size] for start in range(0, len(items), size))
@@ -211,12 +205,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            has_docstring = ast.get_docstring(node, clean=False) is not None
-            node.body = node.body[has_docstring:]
-    return ast.dump(tree)

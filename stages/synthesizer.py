@@ -21,8 +21,8 @@ from attribution.images import write_image_table
 from attribution.memory import is_out_of_memory
 from attribution.sampling import Drawing
 from stages.image_requests import Params, Request
-from stages.imports import code_behind
-from stages.incremental import Summary, code_key, one_line, placed_together
+from stages.imports import code_behind, code_key
+from stages.incremental import Summary, one_line, placed_together
 from stages.workers import base_pipeline, batched, draw_fitting, fitting
 
 CODE = code_behind(__file__)
