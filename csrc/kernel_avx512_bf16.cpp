@@ -4,7 +4,7 @@
 #define ATTRIBUTION_ENTRY instruction_set_avx512_bf16
 #define ATTRIBUTION_LANES 16
 #define ATTRIBUTION_TILE_ROWS 12
-#define ATTRIBUTION_ROWWISE 8
+#define ATTRIBUTION_ROWWISE 16
 #define ATTRIBUTION_PAIRS
 #define ATTRIBUTION_QUADS
 #include "kernel.inc"

@@ -11,6 +11,11 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
+// Neighbouring blocks that a thread takes in one turn: memory is read at its full pace only by those who jump seldom. Of
+// 512 MB in turns of 96 kB two threads read 0.65 of what they read in turns of 1.5 MB.
+constexpr int64_t turn_bytes = 2 << 20;
+constexpr int64_t turn_candidates = (4 << 20) / int64_t(sizeof(Candidate));  // of all queries and threads
+
 // Upwards to three bits of mantissa, so that thresholds seldom change from block to block.
 float coarse(float value) {
   uint32_t bits;
@@ -40,6 +45,8 @@ Scan::Scan(const Run& run, const Batch& batch, const Batch* codes)
     : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes) {
   const char* variable = std::getenv("ATTRIBUTION_CODES");
   always_codes_ = variable != nullptr && std::strcmp(variable, "always") == 0;
+  const int64_t row_bytes = codes ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
+  longest_turn_ = std::max<int64_t>(1, turn_bytes / (block_rows * row_bytes));
 }
 
 float Scan::low(double threshold, float error) { return below(threshold - double(error)); }
@@ -101,7 +108,7 @@ std::vector<Scan::Member> Scan::members(int thresholds) {
 
 void Scan::refuse(int64_t row, const std::string& why) {
   std::lock_guard<std::mutex> lock(refusal_mutex_);
-  // Blocks are begun in order and finished once begun: the lowest row found is the first there is.
+  // Turns are begun in order and finished once begun: the lowest row found is the first there is.
   if (refused_row_ < 0 || row < refused_row_) {
     refused_row_ = row;
     refusal_ = why;
@@ -218,14 +225,14 @@ int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Mem
 
 // By its codes. Returns the first query that must be taken without them: those for which codes say too little, and all of
 // a block whose numbers could leave the range of float.
-int Scan::take_codes(int64_t index, Member& member) {
+int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   if (member.uncoded_blocks > 0) {
     --member.uncoded_blocks;
     return 0;
   }
   Side& side = *member.codes;
   Block block = gallery_.coded_block(index);
-  if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.coded_block(index + run_.team->size()).rows;
+  if (following < gallery_.blocks()) block.ahead = gallery_.coded_block(following).rows;
   Prepared prepared;
   codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
                           &prepared);
@@ -255,14 +262,14 @@ int Scan::take_codes(int64_t index, Member& member) {
   return batch_.count;
 }
 
-void Scan::take(int64_t index, Member& member) {
+void Scan::take(int64_t index, int64_t following, Member& member) {
   Block block = gallery_.block(index);
-  if (index + run_.team->size() < gallery_.blocks()) block.ahead = gallery_.block(index + run_.team->size()).rows;
+  if (following < gallery_.blocks()) block.ahead = gallery_.block(following).rows;
   if (tally_ != nullptr && (visit_ == nullptr || member.dense_blocks > 0)) {
     --member.dense_blocks;
     return densely(block, member);
   }
-  int first = codes_ != nullptr ? take_codes(index, member) : 0;
+  int first = codes_ != nullptr ? take_codes(index, following, member) : 0;
   if (first == batch_.count) return;
   Prepared prepared;
   batch_.kernels.prepare(block, gallery_.storage, batch_.panels.data(), batch_.count, gallery_.dim, member.values.scratch.data(),
@@ -300,10 +307,14 @@ void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std
   }
   run_.team->run([&](int id) {
     while (!stop_ && __atomic_load_n(&full_, __ATOMIC_SEQ_CST) == 0) {
-      const int64_t index = next.fetch_add(1);
+      int64_t index = next, turn;
+      do turn = std::clamp((end - index) / (2 * run_.team->size()), int64_t(1), longest_turn_);
+      while (index < end && !next.compare_exchange_weak(index, index + turn));
       if (index >= end) break;
-      take(index, members[size_t(id)]);
-      if (id == 0 && ++taken_ % 8 == 0 && time_to_ask() && run_.interrupted()) interrupted = stop_ = true;
+      for (const int64_t after = index + turn; index < after; ++index) {
+        take(index, index + 1 < after ? index + 1 : index + 1 + (run_.team->size() - 1) * turn, members[size_t(id)]);
+        if (id == 0 && ++taken_ % 8 == 0 && time_to_ask() && run_.interrupted()) interrupted = stop_ = true;
+      }
     }
   });
   if (interrupted) throw Interrupted();
@@ -315,7 +326,8 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
                   const Tally& tally) {
   cut_ = &cut;
   tally_ = tally ? &tally : nullptr;
-  capacity_ = capacity(keep, fresh, run_.team->size());
+  longest_turn_ = std::clamp(turn_candidates / (int64_t(batch_.count) * run_.team->size() * block_rows), int64_t(1), longest_turn_);
+  capacity_ = capacity(keep, fresh, run_.team->size() * longest_turn_);
   high_water_ = uint32_t(keep + fresh);
   buffer_.reset(new Candidate[size_t(batch_.count * capacity_)]);
   fill_.assign(size_t(batch_.count), 0);

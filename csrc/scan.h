@@ -2,9 +2,9 @@
 //
 // `select` gathers candidates of all blocks in one buffer per query. It goes in stretches: a stretch ends at a row
 // count that grows geometrically (so that cuts tighten early), or as soon as any query's buffer is filled to its
-// high-water mark. Blocks under way are finished: each adds at most block_rows candidates per query, and the buffer
-// keeps room for one block per thread. So it never overflows, and no input, however ordered, makes the walk repeat a
-// row.
+// high-water mark. Turns under way are finished: each block of a turn adds at most block_rows candidates per query, and
+// the buffer keeps room for one turn per thread. So it never overflows, and no input, however ordered, makes the walk
+// repeat a row.
 //
 // `visit` hands the candidates of each block over at once, while its rows are in cache. Where nearly everything is a
 // candidate, blocks are scored canonically as a whole instead.
@@ -52,7 +52,7 @@ class Scan {
               const Tally& tally);
   Candidate* candidates(int query) const { return buffer_.get() + query * capacity_; }
   uint32_t fill(int query) const { return fill_[size_t(query)]; }
-  static int64_t capacity(int64_t keep, int64_t fresh, int threads) { return keep + fresh + int64_t(threads) * block_rows; }
+  static int64_t capacity(int64_t keep, int64_t fresh, int64_t blocks) { return keep + fresh + blocks * block_rows; }
 
   // Like a tally, of candidates.
   using Visit = std::function<void(int member, int query, Candidate* candidates, int64_t count)>;
@@ -73,8 +73,9 @@ class Scan {
   struct Side;
   struct Member;
   void stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next);
-  void take(int64_t index, Member& member);
-  int take_codes(int64_t index, Member& member);
+  // following: the block this thread will probably take next
+  void take(int64_t index, int64_t following, Member& member);
+  int take_codes(int64_t index, int64_t following, Member& member);
   void set_thresholds(Prepared& prepared, Side& side) const;
   int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member);
   void carefully(const Block& block, int first, Member& member);
@@ -97,6 +98,7 @@ class Scan {
   const Visit* visit_ = nullptr;
   const Tally* tally_ = nullptr;
 
+  int64_t longest_turn_;  // blocks
   int64_t capacity_ = block_rows;
   uint32_t high_water_ = 0;
   std::unique_ptr<Candidate[]> buffer_;
