@@ -45,11 +45,11 @@ class Gallery:
 
     def distractor_blocks(self) -> Iterator[Float[np.ndarray, "rows dim"]]:
         """The distractors in order, float32. A block is overwritten when the next ones are asked for."""
+        dim = self.distractors.space.dim
         # A mapper's last bit of a row varies with the rows beside it: whole blocks of its own.
-        row_bytes = 4 * self.distractors.space.dim * BLOCK
-        block = max(1, BLOCK_BYTES // row_bytes) * BLOCK
-        held = max(1, READ_BYTES // (row_bytes * (block // BLOCK))) * block
-        room = np.empty((min(held, len(self.order)), self.distractors.space.dim), np.float32)
+        block = BLOCK * max(1, BLOCK_BYTES // (4 * dim * BLOCK))
+        held = block * max(1, READ_BYTES // (4 * dim * block))
+        room = np.empty((min(held, len(self.order)), dim), np.float32)
         for first in range(0, len(self.order), held):
             rows = self.order[first : first + held]
             by_place = np.argsort(rows, kind="stable")

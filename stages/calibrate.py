@@ -3,7 +3,8 @@
 In:   data/features/<backbone>, data/mappers/<backbone>/mapper.safetensors, data/queries.parquet,
       data/world/exemplars.parquet
 Out:  data/calibrators/<backbone>.json: inv_tau, b, and likelihood and calibration error before and after
-Cost: 48 concepts against 20,000 images, dim 512: about 5 s on 2 cores.
+Cost: 48 concepts against 20,000 images, dim 512: about 5 s on 2 cores. Distractors stay on disk: 100 concepts
+      against 1 M images, dim 768, take a minute or two and 1.3 GB (benchmarks.full_stages).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SCORED = 8192  # rows whose scores with all queries are in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """The start is the calibrator "before"; `queries_per_model` bounds the scores held in memory."""
+    """The start is the calibrator "before"; a query takes 200 kB and more of memory in a large gallery."""
 
     inv_tau_start: float
     b_start: float
