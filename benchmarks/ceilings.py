@@ -7,24 +7,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Per thread in units of 1e9 per processor second; read_gb_all_threads per second of wall time."""
-
-    float32_gmacs: float
-    bfloat16_gmacs: float  # 0: no such instruction
-    int8_gmacs: float  # likewise
-    read_gb: float
-    read_gb_all_threads: float
-    threads: int
 
 
 def _library() -> ctypes.CDLL:
@@ -54,25 +41,31 @@ def _wall_seconds(work: Callable[[int], object], threads: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure(threads: int, repeats: int = 7, megabytes: int = 512) -> Ceilings:
-    """The best of several attempts, at each distance of prefetching that some machine likes."""
-    library = _library()
-    data = np.ones(megabytes << 20, np.uint8)
-    start, share = data.ctypes.data, data.nbytes // threads // 256 * 256
-    one, several = [], []
-    for _ in range(repeats):
+class Machine:
+    """What this machine does at best with so many threads, asked as often as one likes."""
+
+    def __init__(self, threads: int, megabytes: int = 512) -> None:
+        self.threads = threads
+        self.library = _library()
+        self.data = np.ones(megabytes << 20, np.uint8)
+
+    def arithmetic(self, repeats: int = 7) -> dict[str, float]:
+        """1e9 multiply-adds per processor second of one thread, by type; 0: no such instruction."""
+        peaks = {name: getattr(self.library, f"{name}_peak") for name in ("float32", "bfloat16", "int8")}
+        return {f"{name}_gmacs": max(peak(2_000_000) for _ in range(repeats)) for name, peak in peaks.items()}
+
+    def reading(self) -> tuple[float, float]:
+        """1e9 bytes read per processor second by one thread, and per second by all, now.
+
+        The best over the distances of prefetching that some machine likes.
+        """
+        start, share = self.data.ctypes.data, self.data.nbytes // self.threads // 256 * 256
+        one, several = [], []
         for ahead in (0, 2048, 8192, 16384):
-            one.append(data.nbytes / library.read_seconds(start, data.nbytes, ahead))
+            one.append(self.data.nbytes / self.library.read_seconds(start, self.data.nbytes, ahead))
 
             def read(i: int, ahead: int = ahead) -> None:
-                library.read_seconds(start + i * share, share, ahead)
+                self.library.read_seconds(start + i * share, share, ahead)
 
-            several.append(share * threads / _wall_seconds(read, threads))
-    return Ceilings(
-        float32_gmacs=max(library.float32_peak(2_000_000) for _ in range(repeats)),
-        bfloat16_gmacs=max(library.bfloat16_peak(2_000_000) for _ in range(repeats)),
-        int8_gmacs=max(library.int8_peak(2_000_000) for _ in range(repeats)),
-        read_gb=max(one) / 1e9,
-        read_gb_all_threads=max(several) / 1e9,
-        threads=threads,
-    )
+            several.append(share * self.threads / _wall_seconds(read, self.threads))
+        return max(one) / 1e9, max(several) / 1e9

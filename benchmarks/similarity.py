@@ -3,12 +3,15 @@
     uv run --group benchmarks python -m benchmarks.similarity [--rows 500000] [--dims 512] [--queries 1 32]
 
 Each figure is the least of several attempts: wall time, and processor time of all threads, which other
-processes disturb less. Beside it stands the fraction of this machine's own limit: the time to read the
-gallery once, or to do its multiply-adds at peak, whichever is longer. preparation_seconds is what a method
-did to the float32 gallery before the first query.
+processes disturb less (`chrt -f 10` before the command keeps them away from all methods alike). Beside it
+stands the fraction of this machine's own limit: the time to read the gallery once, or to do its multiply-adds
+at peak, whichever is longer. Where others share the memory, its pace changes by the minute: it is measured in
+every round, between the methods. preparation_seconds is what a method did to the float32 gallery before the
+first query.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from attribution import similarity
-from benchmarks import ceilings
+from benchmarks.ceilings import Machine
 from benchmarks.similarity_methods import Method, Search, methods
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,19 +36,15 @@ def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return made
 
 
-def fraction_of_limit(
-    method: Method, limits: ceilings.Ceilings, shape: tuple[int, int, int], row: dict
-) -> dict:
+def fraction_of_limit(method: Method, limits: dict[str, float], threads: int, row: dict) -> dict:
     """The limit divided by the time taken, by the clock on the wall and by that of the processors."""
-    rows, dim, queries = shape
-    gigabytes = rows * dim * method.bytes_per_value / 1e9
-    peaks = {"float32": limits.float32_gmacs, "bfloat16": limits.bfloat16_gmacs, "int8": limits.int8_gmacs}
-    peak = peaks[method.arithmetic] or limits.float32_gmacs
-    arithmetic = rows * dim * queries / 1e9 / peak if peak else 0.0
-    memory, memory_all = gigabytes / limits.read_gb, gigabytes / limits.read_gb_all_threads
+    gigabytes = row["rows"] * row["dim"] * method.bytes_per_value / 1e9
+    peak = limits[f"{method.arithmetic}_gmacs"] or limits["float32_gmacs"]
+    arithmetic = row["rows"] * row["dim"] * row["queries"] / 1e9 / peak if peak else 0.0
+    memory, memory_all = gigabytes / row["read_gb"], gigabytes / row["read_gb_all_threads"]
     return {
-        "bound": "memory" if memory_all > arithmetic / limits.threads else "arithmetic",
-        "fraction_wall": max(memory_all, arithmetic / limits.threads) / row["wall_seconds"],
+        "bound": "memory" if memory_all > arithmetic / threads else "arithmetic",
+        "fraction_wall": max(memory_all, arithmetic / threads) / row["wall_seconds"],
         "fraction_processor": max(memory, arithmetic) / row["processor_seconds"],
     }
 
@@ -59,7 +58,8 @@ def timed(search: Search, queries: np.ndarray, k: int) -> tuple[float, float, np
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One row per method, dim, number of queries and k."""
     rng = np.random.default_rng(0)
-    limits = ceilings.measure(options.threads)
+    limits = Machine(options.threads)
+    peaks = limits.arithmetic()
     rows: list[dict[str, Any]] = []
     for dim in options.dims:
         gallery, all_queries = unit_rows(rng, options.rows, dim), unit_rows(rng, max(options.queries), dim)
@@ -69,14 +69,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             searches[method.name] = method.build(gallery, options.threads)
             preparation[method.name] = time.perf_counter() - begin
-        for count in options.queries:
-            for k in options.k:
-                shape = (options.rows, dim, count)
-                found = measure_case(options, limits, chosen, searches, shape, all_queries, k)
-                rows += [row | {"preparation_seconds": preparation[row["method"]]} for row in found]
+        for count, k in itertools.product(options.queries, options.k):
+            case = {"rows": options.rows, "dim": dim, "queries": count, "k": k}
+            found, reading = measure_case(options, limits, chosen, searches, all_queries[:count], k)
+            for method in chosen:
+                row = found[method.name] | case | reading
+                row |= {"influence": method.influence, "bytes_per_value": method.bytes_per_value}
+                row |= {"method": method.name, "preparation_seconds": preparation[method.name]}
+                rows.append(row | fraction_of_limit(method, peaks, limits.threads, row))
+            print_case(rows[-len(chosen) :])
     return {
         "machine": machine(),
-        "ceilings": vars(limits),
+        "ceilings": {**peaks, "threads": limits.threads},
         "instruction_set": similarity.load_extension().instruction_set(),
         "rows": rows,
     }
@@ -84,41 +88,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_case(
     options: argparse.Namespace,
-    limits: ceilings.Ceilings,
+    limits: Machine,
     chosen: list[Method],
     searches: dict[str, Search],
-    shape: tuple[int, int, int],
-    all_queries: np.ndarray,
+    queries: np.ndarray,
     k: int,
-) -> list[dict[str, Any]]:
-    queries = all_queries[: shape[2]]
-    best: dict[str, dict[str, Any]] = {}
-    for _ in range(options.rounds):
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """The least times of each method, and the best that reading memory came to meanwhile."""
+    best: dict[str, dict[str, float]] = {}
+    found: dict[str, np.ndarray] = {}
+    readings = []
+    end = time.perf_counter() + options.seconds
+    for done in range(options.rounds):
+        if done and time.perf_counter() > end:
+            break
         for method in chosen:
-            wall, processor, ids = timed(searches[method.name], queries, k)
-            row = best.setdefault(
-                method.name, {"wall_seconds": wall, "processor_seconds": processor, "ids": ids}
-            )
+            readings.append(limits.reading())
+            wall, processor, found[method.name] = timed(searches[method.name], queries, k)
+            row = best.setdefault(method.name, {"wall_seconds": wall, "processor_seconds": processor})
             row["wall_seconds"] = min(wall, row["wall_seconds"])
             row["processor_seconds"] = min(processor, row["processor_seconds"])
-    reference = best[chosen[0].name]["ids"]
-    found = []
-    for method in chosen:
-        row = best[method.name]
+    reference = found[chosen[0].name]
+    for name, ids in found.items():
         # Rounded storage moves a few neighbours; who answers another question does not agree at all.
-        agreement = np.mean(
-            [len(np.intersect1d(a, b)) / k for a, b in zip(row["ids"], reference, strict=True)]
-        )
+        agreement = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(ids, reference, strict=True)])
         if agreement < 0.8:
-            raise RuntimeError(
-                f"{method.name}: agrees with {chosen[0].name} on {agreement:.2f} of the top {k} only"
-            )
-        case = {"method": method.name, "rows": shape[0], "dim": shape[1], "queries": shape[2], "k": k}
-        times = {name: row[name] for name in ("wall_seconds", "processor_seconds")}
-        extra = {"influence": method.influence, "bytes_per_value": method.bytes_per_value}
-        found.append(case | times | fraction_of_limit(method, limits, shape, row) | extra)
-    print_case(found)
-    return found
+            raise RuntimeError(f"{name}: agrees with {chosen[0].name} on {agreement:.2f} of the top {k} only")
+    one, several = np.max(readings, axis=0)
+    return best, {"read_gb": float(one), "read_gb_all_threads": float(several)}
 
 
 def print_case(rows: list[dict[str, Any]]) -> None:
@@ -151,14 +148,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     limits = result["ceilings"]
+    read_gb = max(row["read_gb"] for row in result["rows"])
     figure, axes = pyplot.subplots(figsize=(9, 6))
     axes.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
     intensity = np.geomspace(0.2, 1024, 200)
     for name in ("float32", "bfloat16", "int8"):
         if peak := limits[f"{name}_gmacs"]:
-            axes.plot(
-                intensity, np.minimum(intensity * limits["read_gb"], peak), label=f"limit, {name}", lw=1
-            )
+            axes.plot(intensity, np.minimum(intensity * read_gb, peak), label=f"limit, {name}", lw=1)
     names = sorted({row["method"] for row in result["rows"]})
     for name in names:
         rows = [row for row in result["rows"] if row["method"] == name]
@@ -180,6 +176,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--threads", type=int, default=similarity.threads_allowed())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20, help="after so many a case begins no round")
     parser.add_argument("--only", help="methods whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS / "similarity.json")
     options = parser.parse_args()
