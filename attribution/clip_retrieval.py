@@ -136,15 +136,16 @@ def check_model(name: str, settings: BackboneSettings, made_by: str) -> None:
 def pictures_of(features: FeatureSet, source: Path, count: int) -> dict[str, Path]:
     """Id to file of at most `count` rows whose names are files that are here, evenly over all; often none."""
     names = features.rows["source"]
-    found: dict[str, Path] = {}
+    found: dict[int, Path] = {}
     for row in dict.fromkeys(np.linspace(0, len(features) - 1, 4 * count).astype(int).tolist()):
         name = names[row].as_py()
         places = [place / name for place in (Path(), source, source.parent)]
         # Not Path.is_file, which raises where a name is too long for a file's.
         file = next(filter(os.path.isfile, places), None)
         if file is not None and len(found) < count:
-            found[str(features.image_ids[row])] = file
-    return found
+            found[row] = file
+    ids = features.ids_of(np.array(list(found), dtype=np.int64))
+    return dict(zip(ids.tolist(), found.values(), strict=True))
 
 
 def least_cosine(
@@ -168,18 +169,20 @@ def describe(features: FeatureSet, image_ids: Sequence[str]) -> dict[str, dict[s
     shards = read_json(features.path / "space.json")["shards"]
     kept = [np.delete(np.arange(shard["rows"]), shard.get("without", [])) for shard in shards]
     starts = np.cumsum([0, *map(len, kept)])
-    asked = np.flatnonzero(np.isin(features.image_ids, np.array(image_ids, dtype=np.str_)))
+    rows_of = features.rows_of(image_ids)
+    asked = np.unique(rows_of[rows_of >= 0])
+    asked_ids = features.ids_of(asked)
     found = {}
     for shard, own, start, end in zip(shards, kept, starts, starts[1:], strict=False):
-        here = asked[(asked >= start) & (asked < end)]
-        if len(here) and "metadata" in shard:
+        of_shard = (asked >= start) & (asked < end)
+        if of_shard.any() and "metadata" in shard:
             file = features.path / shard["metadata"]
             present = pq.read_schema(file).names
             columns = [name for name in (*CAPTION_COLUMNS, *reversed(NAME_COLUMNS)) if name in present]
-            rows = pq.read_table(file, columns=columns).take(own[here - start]).to_pylist()
-            for row, values in zip(here.tolist(), rows, strict=True):
+            rows = pq.read_table(file, columns=columns).take(own[asked[of_shard] - start]).to_pylist()
+            for image_id, values in zip(asked_ids[of_shard].tolist(), rows, strict=True):
                 said = dict.fromkeys(str(values[name]) for name in columns if values[name])
-                found[str(features.image_ids[row])] = {"caption": " ".join(" ".join(said).split())}
+                found[image_id] = {"caption": " ".join(" ".join(said).split())}
     return found
 
 

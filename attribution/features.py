@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from attribution.files import atomic_path, read_json, sha256_file, write_json
 
@@ -23,6 +24,7 @@ DTYPES = ("float32", "float16")
 # At the end of a space's preprocessing: its vectors were brought to length 1.
 LENGTH_ONE = "; then length 1"
 BLOCK = 8192  # rows in memory at a time, where not all are
+ID_BLOCK = 1 << 18  # ids in memory at a time, where not all are
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,11 @@ class FeatureSet:
     """One row per image, un-normalized, as the backbone gives them, in shards mapped from disk.
 
     A folder of img_emb_0.npy, img_emb_1.npy, ... ([rows, dim] each), rows.parquet (image_id, sha256 of the
-    encoded picture) and space.json.
+    encoded picture) and space.json. Neither vectors nor ids are read before they are asked for.
     """
 
     path: Path
     space: Space
-    image_ids: np.ndarray
     shards: tuple[np.memmap, ...]
 
     @staticmethod
@@ -109,14 +110,20 @@ class FeatureSet:
                 _open_shard(path / shard["file"], shard, space, verify, do), shard.get("without", [])
             )
         )
-        image_ids = pq.read_table(path / "rows.parquet", columns=["image_id"])["image_id"].to_pylist()
+        ids = pq.read_metadata(path / "rows.parquet").num_rows
         vectors = sum(len(shard) for shard in shards)
-        if not len(image_ids) == vectors == count:
-            raise ValueError(f"{path}: {len(image_ids)} ids but {vectors} vectors ({count} written); {do}")
-        return FeatureSet(path, space, np.array(image_ids, dtype=np.str_), shards)
+        if not ids == vectors == count:
+            raise ValueError(f"{path}: {ids} ids but {vectors} vectors ({count} written); {do}")
+        return FeatureSet(path, space, shards)
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return sum(len(shard) for shard in self.shards)
+
+    @cached_property
+    def image_ids(self) -> Shaped[np.ndarray, " rows"]:
+        """All ids in the order of the vectors, at 4 bytes a character: of millions ask `ids_of`."""
+        ids = pq.read_table(self.path / "rows.parquet", columns=["image_id"])["image_id"]
+        return np.array(ids.to_pylist(), dtype=np.str_)
 
     @property
     def rows(self) -> pa.Table:
@@ -130,13 +137,33 @@ class FeatureSet:
 
     def select(self, image_ids: Sequence[str] | np.ndarray) -> Float[np.ndarray, "rows dim"]:
         """The rows of these images in this order, float32. Raises ValueError naming the first missing id."""
-        row_of = self._row_of
-        missing = [image_id for image_id in image_ids if image_id not in row_of]
-        if missing:
-            raise ValueError(
-                f"{self.path}: no image {missing[0]} ({len(missing)} of {len(image_ids)} missing)"
-            )
-        return self.take(np.array([row_of[image_id] for image_id in image_ids], dtype=np.int64))
+        rows = self.rows_of(image_ids)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            first = image_ids[missing[0]]
+            raise ValueError(f"{self.path}: no image {first} ({len(missing)} of {len(rows)} missing)")
+        return self.take(rows)
+
+    def rows_of(self, image_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " rows"]:
+        """The numbers of these images' rows, -1 where there is none."""
+        wanted, places = np.unique(np.asarray(image_ids, dtype=np.str_), return_inverse=True)
+        rows = np.full(len(wanted), -1)
+        names = pa.array(wanted.tolist(), pa.string())
+        for first, ids in self._id_blocks():
+            found = pc.index_in(ids, value_set=names)
+            here = np.flatnonzero(found.is_valid())
+            rows[found.drop_null().to_numpy()] = first + here
+        return rows[places]
+
+    def ids_of(self, rows: Int[np.ndarray, " rows"]) -> Shaped[np.ndarray, " rows"]:
+        """The ids of the rows of these numbers, as objects."""
+        found = np.empty(len(rows), object)
+        order = np.argsort(rows, kind="stable")
+        for first, ids in self._id_blocks():
+            begin, end = np.searchsorted(rows, (first, first + len(ids)), sorter=order)
+            places = order[begin:end]
+            found[places] = ids.take(pa.array(rows[places] - first)).to_numpy(zero_copy_only=False)
+        return found
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows dim"]:
         """The rows of these numbers in this order, float32; no other row is read."""
@@ -166,9 +193,13 @@ class FeatureSet:
         """Whether the vectors lie elsewhere and came without pictures (attribution.clip_retrieval)."""
         return "source" in pq.read_schema(self.path / "rows.parquet").names
 
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
+    def _id_blocks(self) -> Iterator[tuple[int, pa.StringArray]]:
+        """All ids, some at a time, each time with the number of the first."""
+        first = 0
+        with pq.ParquetFile(self.path / "rows.parquet") as file:
+            for batch in file.iter_batches(ID_BLOCK, columns=["image_id"]):
+                yield first, batch.column("image_id")
+                first += len(batch)
 
 
 def write_feature_set(

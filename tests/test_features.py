@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -112,6 +114,35 @@ def test_what_goes_through_a_mapper_is_the_same_to_the_bit(tmp_path: Path) -> No
     head = {"weight": RNG.normal(size=(16, 16)).astype(np.float32), "bias": vectors[0]}
     mapper = Mapper("linear", head, head)
     np.testing.assert_array_equal(opened.through(mapper.map_real), mapper.map_real(opened.vectors()))
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_ids_are_found_in_blocks_of_the_table(
+    written: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(features, "ID_BLOCK", block)
+    opened = FeatureSet.open(written)
+    rows = np.array([6, 0, 2, 2, 5, 1, 6])
+    assert opened.ids_of(rows).tolist() == [IDS[row] for row in rows]
+    assert opened.ids_of(rows[:0]).tolist() == []
+    asked = ["image-5", "gone", "image-0", "image-5", "image-6"]
+    assert opened.rows_of(asked).tolist() == [5, -1, 0, 5, 6]
+    assert opened.rows_of([]).tolist() == []
+
+
+def test_ids_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "ID_BLOCK", 512)
+    ids = [f"{row:040}" for row in range(20_000)]
+    path = tmp_path / "x"
+    write_feature_set(path, Space("x", "1", "", 1, "float16"), ids, [np.zeros((len(ids), 1))])
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    opened = FeatureSet.open(path)
+    assert opened.ids_of(np.arange(0, len(ids), 4000)).tolist() == ids[::4000]
+    assert opened.rows_of(ids[::-4000]).tolist() == list(range(len(ids) - 1, -1, -4000))
+    peak, kept = tracemalloc.get_traced_memory()[1], pa.total_allocated_bytes() - before
+    tracemalloc.stop()
+    assert peak + kept < 40 * len(ids)
 
 
 def test_select_takes_repeats_and_numpy_ids_and_names_what_is_missing(written: Path) -> None:
