@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from attribution.gallery import Gallery
+from attribution.gallery import Gallery, Reader
 from attribution.mapper import Mapper
 from attribution.queries import Queries
 from attribution.ranking import (
@@ -84,7 +84,8 @@ class Intervals:
 class Rivals:
     """Rivals of each query's own exemplars in one space, counted while the distractors pass by.
 
-    Exact: counts over parts of a gallery add up. `sizes` are those of smaller galleries to be ranked in too.
+    Exact: counts over parts of a gallery add up. `sizes` are those of smaller galleries to be ranked in too:
+    the distractors in the first places.
     """
 
     def __init__(
@@ -97,31 +98,35 @@ class Rivals:
         self.queries = queries
         self.scores = own_scores(queries, exemplars, own)
         self.others = count_other_exemplars(queries, exemplars, self.scores)
-        self.counts = np.zeros(self.scores.shape, dtype=np.int64)
-        self.sizes = frozenset(sizes)
+        self.sizes = sorted(set(sizes))
+        # Among the distractors of the smallest gallery, those that the next one adds, ... and all the rest.
+        self.counts = np.zeros((len(self.sizes) + 1, *self.scores.shape), dtype=np.int64)
         self.passed = 0
-        self.by_size: dict[int, np.ndarray] = {}
 
-    def add(self, distractors: Float[np.ndarray, "rows dim"]) -> None:
-        """Counts the next distractors."""
-        inside = sorted(size - self.passed for size in self.sizes)
-        for block in np.split(distractors, [cut for cut in inside if 0 < cut < len(distractors)]):
-            self.counts += count_rivals(self.queries, block, self.scores)
-            self.passed += len(block)
-            if self.passed in self.sizes:
-                self.by_size[self.passed] = ranks_from_rivals(self.counts, self.scores)
+    def add(self, distractors: Float[np.ndarray, "rows dim"], places: Int[np.ndarray, " rows"]) -> None:
+        """Counts more distractors, which come in ascending places."""
+        blocks = np.split(distractors, np.searchsorted(places, self.sizes))
+        for counts, block in zip(self.counts, blocks, strict=True):
+            if len(block):
+                counts += count_rivals(self.queries, block, self.scores)
+        self.passed += len(distractors)
 
     def ranks(self) -> Ranks:
         """Ranks among all that have passed."""
-        own = ranks_from_rivals(self.counts, self.scores)
-        hard = ranks_from_rivals(self.counts + self.others, self.scores)
-        return Ranks({**self.by_size, self.passed: own}, hard)
+        *smaller, whole = self.counts.cumsum(axis=0)
+        by_size = {
+            size: ranks_from_rivals(counts, self.scores)
+            for size, counts in zip(self.sizes, smaller, strict=True)
+            if size < self.passed
+        }
+        by_size[self.passed] = ranks_from_rivals(whole, self.scores)
+        return Ranks(by_size, ranks_from_rivals(whole + self.others, self.scores))
 
 
 def rank(vectors: Vectors, queries: Queries, gallery_sizes: Sequence[int]) -> Ranks:
     """Exact ranks by counting. Each distractor is scored once."""
     rivals = Rivals(vectors.queries, vectors.exemplars, queries.own, gallery_sizes)
-    rivals.add(vectors.distractors)
+    rivals.add(vectors.distractors, np.arange(len(vectors.distractors)))
     return rivals.ranks()
 
 
@@ -131,10 +136,13 @@ def rank_in_spaces(
     queries: Queries,
     gallery: Gallery,
     gallery_sizes: Sequence[int],
+    *,
+    beside: Sequence[tuple[Mapper, Reader]] = (),
 ) -> dict[str, Ranks]:
     """Ranks in several spaces, each of a mapper for each kind of query, while the gallery passes by once.
 
-    `asked` are the queries' features, un-normalized. Kinds that share a mapper share its work.
+    `asked` are the queries' features, un-normalized. Whoever shares a mapper shares its work, other readers
+    of this walk (`beside`) too.
     """
     counted: dict[str, list[tuple[np.ndarray, Mapper, Rivals]]] = {}
     for name, mappers in spaces.items():
@@ -144,10 +152,8 @@ def rank_in_spaces(
             vectors, exemplars = mapper.map_synth(asked[rows]), mapper.map_real(gallery.exemplars)
             rivals = Rivals(vectors, exemplars, queries.own[rows], gallery_sizes)
             counted[name].append((rows, mapper, rivals))
-    for block in gallery.distractor_blocks():
-        for parts in counted.values():
-            for _, mapper, rivals in parts:
-                rivals.add(mapper.map_real(block))
+    readers = [(mapper, rivals.add) for parts in counted.values() for _, mapper, rivals in parts]
+    gallery.show([*readers, *beside])
     return {name: _join(parts, queries.own.shape) for name, parts in counted.items()}
 
 

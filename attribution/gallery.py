@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -14,55 +15,112 @@ from attribution.features import FeatureSet
 from attribution.mapper import BLOCK, Mapper
 from attribution.similarity import Attribution
 
-READ_BYTES = 1 << 29  # float32 rows in memory at a time
-BLOCK_BYTES = 1 << 27  # those of them that are mapped at a time
+BLOCK_BYTES = 1 << 27  # float32 rows that are read and mapped at a time
+
+
+# Is told the next mapped distractors, and the place of each: ascending in a block.
+Reader = Callable[[np.ndarray, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """All exemplars, in memory, then the distractors of these rows in this order, on disk; un-normalized.
+    """All exemplars, in memory, then all distractors, on disk; un-normalized.
 
-    Whatever the order, rows are read from front to back: a set of N bytes in a scattered order is walked over
-    N / READ_BYTES times (float16: twice as often), out of the system's page cache where that holds it.
+    `places` are those of the distractors, as they lie on disk, in an order drawn at random: the first n are a
+    smaller gallery like the whole. The disk is read from front to back, a block at a time, and the rows of each
+    block pass by in the order of their places. Rows of the gallery are numbered as they pass by.
     """
 
     exemplar_ids: Shaped[np.ndarray, " exemplars"]
     exemplars: Float[np.ndarray, "exemplars dim"]
     distractors: FeatureSet
-    order: Int[np.ndarray, " distractors"]
+    places: Int[np.ndarray, " distractors"]
 
     def __len__(self) -> int:
-        return len(self.exemplars) + len(self.order)
+        return len(self.exemplars) + len(self.places)
+
+    @property
+    def block_rows(self) -> int:
+        """How many distractors are read and mapped at a time."""
+        # A mapper's last bit of a row varies with the rows beside it: whole blocks of its own.
+        return BLOCK * max(1, BLOCK_BYTES // (4 * self.distractors.space.dim * BLOCK))
+
+    @cached_property
+    def order(self) -> Int[np.ndarray, " distractors"]:
+        """The rows of `distractors` in the order in which they pass by."""
+        return np.lexsort((self.places, np.arange(len(self.places)) // self.block_rows))
 
     def image_ids(self, rows: Int[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
-        """The ids of these rows of the gallery."""
-        known, ids = len(self.exemplars), self.distractors.image_ids
-        found = np.empty(rows.shape, np.promote_types(self.exemplar_ids.dtype, ids.dtype))
-        own = rows < known
+        """The ids of these rows of the gallery, as objects. Ask for many at a time."""
+        found = np.empty(rows.shape, object)
+        own = rows < len(self.exemplars)
         found[own] = self.exemplar_ids[rows[own]]
-        found[~own] = ids[self.order[rows[~own] - known]]
+        found[~own] = self.distractors.ids_of(self.order[rows[~own] - len(self.exemplars)])
         return found
 
-    def distractor_blocks(self) -> Iterator[Float[np.ndarray, "rows dim"]]:
-        """The distractors in order, float32. A block is overwritten when the next ones are asked for."""
-        dim = self.distractors.space.dim
-        # A mapper's last bit of a row varies with the rows beside it: whole blocks of its own.
-        block = BLOCK * max(1, BLOCK_BYTES // (4 * dim * BLOCK))
-        held = block * max(1, READ_BYTES // (4 * dim * block))
-        room = np.empty((min(held, len(self.order)), dim), np.float32)
-        for first in range(0, len(self.order), held):
-            rows = self.order[first : first + held]
-            by_place = np.argsort(rows, kind="stable")
-            for some in np.split(by_place, range(BLOCK, len(rows), BLOCK)):
-                room[some] = self.distractors.take(rows[some])
-            for begin in range(0, len(rows), block):
-                yield room[begin : min(begin + block, len(rows))]
+    def distractor_blocks(self) -> Iterator[tuple[Float[np.ndarray, "rows dim"], Int[np.ndarray, " rows"]]]:
+        """The distractors, float32, and their places."""
+        for first in range(0, len(self.order), self.block_rows):
+            rows = self.order[first : first + self.block_rows]
+            yield self.distractors.take(rows), self.places[rows]
 
     def mapped_blocks(self, mapper: Mapper) -> Iterator[Float[np.ndarray, "rows dim"]]:
         """All rows in order, as the mapper's head for training images maps them; first the exemplars."""
         yield mapper.map_real(self.exemplars)
-        for block in self.distractor_blocks():
+        for block, _ in self.distractor_blocks():
             yield mapper.map_real(block)
+
+    def show(self, readers: Iterable[tuple[Mapper, Reader]]) -> None:
+        """Each reader gets all distractors, mapped by its mapper, in one walk; each block is mapped once."""
+        by_mapper: dict[int, tuple[Mapper, list[Reader]]] = {}
+        for mapper, reader in readers:
+            by_mapper.setdefault(id(mapper), (mapper, []))[1].append(reader)
+        for block, places in self.distractor_blocks():
+            for mapper, some in by_mapper.values():
+                mapped = mapper.map_real(block)
+                for reader in some:
+                    reader(mapped, places)
+
+
+class Attributions:
+    """What `similarity.attribute` says of the mapped gallery, to the bit, by each calibrator.
+
+    `queries` are mapped. Beside a block, k + 2048 scores and ids of each query at most are in memory.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        mapper: Mapper,
+        queries: Float[np.ndarray, "queries dim"],
+        calibrators: Mapping[str, Calibrator],
+        *,
+        k: int,
+    ) -> None:
+        self.gallery, self.mapper, self.queries = gallery, mapper, queries
+        self.calibrators, self.k = calibrators, k
+        self.rows = 0
+        self.wholes: dict[str, parts.Part] = {}
+        self.add(mapper.map_real(gallery.exemplars), np.arange(len(gallery.exemplars)))
+
+    def add(self, distractors: Float[np.ndarray, "rows dim"], places: Int[np.ndarray, " rows"]) -> None:
+        """Retrieves from the next rows, whatever their places."""
+        for name, one in self.calibrators.items():
+            part = parts.retrieve_part(
+                self.queries, distractors, first_row=self.rows, k=self.k, inv_tau=one.inv_tau, b=one.b
+            )
+            self.wholes[name] = parts.merge(self.wholes[name], part) if name in self.wholes else part
+        self.rows += len(distractors)
+
+    def conclude(self) -> dict[str, Attribution]:
+        """The attributions. Walks over the gallery again where many rows share the influence on a query."""
+        masses: dict[str, parts.Mass] = {}
+        wide = {name: whole for name, whole in self.wholes.items() if whole.needs_mass.any()}
+        for block in self.gallery.mapped_blocks(self.mapper) if wide else ():
+            for name, whole in wide.items():
+                mass = parts.weigh(self.queries, block, whole)
+                masses[name] = masses[name] + mass if name in masses else mass
+        return {name: parts.conclude(whole, masses.get(name)) for name, whole in self.wholes.items()}
 
 
 def attribute_all(
@@ -73,22 +131,7 @@ def attribute_all(
     *,
     k: int,
 ) -> dict[str, Attribution]:
-    """What `similarity.attribute` says of the mapped gallery, to the bit, by each calibrator.
-
-    `queries` are mapped. The gallery is walked over once, and again where many rows share the influence on a
-    query. Beside a block, k + 2048 scores and ids of each query at most are in memory.
-    """
-    wholes: dict[str, parts.Part] = {}
-    first_row = 0
-    for block in gallery.mapped_blocks(mapper):
-        for name, one in calibrators.items():
-            part = parts.retrieve_part(queries, block, first_row=first_row, k=k, inv_tau=one.inv_tau, b=one.b)
-            wholes[name] = parts.merge(wholes[name], part) if name in wholes else part
-        first_row += len(block)
-    masses: dict[str, parts.Mass] = {}
-    wide = {name: whole for name, whole in wholes.items() if whole.needs_mass.any()}
-    for block in gallery.mapped_blocks(mapper) if wide else ():
-        for name, whole in wide.items():
-            mass = parts.weigh(queries, block, whole)
-            masses[name] = masses[name] + mass if name in masses else mass
-    return {name: parts.conclude(whole, masses.get(name)) for name, whole in wholes.items()}
+    """The `Attributions` of a walk of their own."""
+    found = Attributions(gallery, mapper, queries, calibrators, k=k)
+    gallery.show([(mapper, found.add)])
+    return found.conclude()

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from attribution.calibrator import Calibrator
 from attribution.evaluation import Intervals, Ranks, rank_in_spaces, tabulate
 from attribution.files import atomic_path, read_json, write_json
-from attribution.gallery import Gallery, attribute_all
+from attribution.gallery import Attributions, Gallery
 from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.plots import Curve, plot_curves, plot_reliability
@@ -83,9 +83,8 @@ def run(
     exemplars = read_exemplars(exemplars_path)
     queries = read_queries(queries_path, exemplars, split="test")
     exemplar_set, query_set, distractor_set = open_features(features_dir, backbone)
-    # Any first n of the shuffled distractors are a smaller gallery like the whole.
-    shuffled = np.random.default_rng(params.seed).permutation(len(distractor_set))
-    gallery = Gallery(exemplars.image_ids, exemplar_set.select(exemplars.image_ids), distractor_set, shuffled)
+    places = draw_places(len(distractor_set), params.seed)
+    gallery = Gallery(exemplars.image_ids, exemplar_set.select(exemplars.image_ids), distractor_set, places)
     asked = query_set.select(queries.image_ids)
     kinds = np.unique(queries.kinds).tolist()
     mappers = load_mappers(mapper_dir, backbone, exemplar_set.space.dim)
@@ -94,22 +93,22 @@ def run(
         spaces[variant] = {
             kind: Mapper.load(mapper_dir / file, backbone=backbone, own_kind=kind) for kind in kinds
         }
-    ranks = rank_in_spaces(spaces, asked, queries, gallery, params.gallery_sizes)
-    mapped = mappers["mapped"]
-    # The last one is the fitted calibrator: what it says is the result.
-    attributions = attribute_all(
-        gallery, mapped, mapped.map_synth(asked), load_calibrators(calibrator_path), k=params.top_k
+    mapped, calibrators = mappers["mapped"], load_calibrators(calibrator_path)
+    attributing = Attributions(gallery, mapped, mapped.map_synth(asked), calibrators, k=params.top_k)
+    ranks = rank_in_spaces(
+        spaces, asked, queries, gallery, params.gallery_sizes, beside=[(mapped, attributing.add)]
     )
+    attributions = attributing.conclude()
     claims = {
         name: reliability(one.influence, influence_due(one.ids, queries.own))
         for name, one in attributions.items()
     }
-    own_size = queries.sizes + len(shuffled)
+    own_size = queries.sizes + len(distractor_set)
     hard_size = np.full(len(queries), len(gallery))
     settings = (params.recall_at, Intervals(params.resamples, params.seed))
     metrics = {
         "backbone": backbone,
-        "gallery": {"distractors": len(shuffled), "exemplars": len(exemplars.image_ids)},
+        "gallery": {"distractors": len(distractor_set), "exemplars": len(exemplars.image_ids)},
         "calibration": {name: calibration(claims[name], one) for name, one in attributions.items()},
         **tabulate({name: one.own for name, one in ranks.items()}, queries, own_size, *settings),
         "hard_gallery": tabulate(
@@ -140,6 +139,13 @@ def run(
             blanks=distractor_set.is_ready_made,
         )
     write_json(metrics_path, metrics)
+
+
+def draw_places(distractors: int, seed: int) -> np.ndarray:
+    """The place of each in an order drawn at random."""
+    places = np.empty(distractors, np.int64)
+    places[np.random.default_rng(seed).permutation(distractors)] = np.arange(distractors)
+    return places
 
 
 def load_mappers(folder: Path, backbone: str, dim: int) -> dict[str, Mapper]:
@@ -178,7 +184,7 @@ def write_attributions(
     columns = {
         "image_id": queries.image_ids.tolist(),
         "concept_id": queries.concept_ids.tolist(),
-        "gallery_ids": [gallery.image_ids(ids).tolist() for ids in attribution.ids[:, found]],
+        "gallery_ids": gallery.image_ids(attribution.ids[:, found]).tolist(),
         "scores": list(attribution.scores[:, found]),
         "influence": list(attribution.influence[:, found]),
         "support": attribution.support,

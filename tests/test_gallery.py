@@ -13,7 +13,7 @@ from attribution import score_bins, similarity
 from attribution.calibrator import Calibrator
 from attribution.evaluation import Ranks, rank_in_spaces
 from attribution.features import FeatureSet, Space, write_feature_set
-from attribution.gallery import Gallery, attribute_all
+from attribution.gallery import Attributions, Gallery, attribute_all
 from attribution.mapper import Kind, Mapper
 from attribution.queries import Queries
 from attribution.ranking import NO_RANK
@@ -65,10 +65,10 @@ def draw_queries(gallery: Gallery) -> tuple[np.ndarray, Queries]:
     return asked, Queries(ids, ids, kinds, np.ones(QUERIES, bool), np.full(QUERIES, "gpt"), own)
 
 
-@pytest.fixture(params=[(7, 7 * DIM * 4, 3 * 7 * DIM * 4), (64, 1, 1), (100, 10**6, 10**6)])
+@pytest.fixture(params=[(7, 3 * 7 * DIM * 4), (64, 1), (100, 10**6)])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are mapped together, bytes of a block, bytes read at a time."""
-    for name, value in zip(("BLOCK", "BLOCK_BYTES", "READ_BYTES"), request.param, strict=True):
+    """Rows that are mapped together, bytes of a block."""
+    for name, value in zip(("BLOCK", "BLOCK_BYTES"), request.param, strict=True):
         monkeypatch.setattr(gallery_module, name, value)
 
 
@@ -109,7 +109,8 @@ def sorted_ranks(
     mapper: Mapper, gallery: Gallery, asked: np.ndarray, queries: Queries, size: int, hard: bool
 ) -> np.ndarray:
     """By a full sort in float64 of exemplars and `size` distractors; own ones come last where they tie."""
-    vectors = whole(gallery, mapper).astype(np.float64)
+    shuffled = gallery.distractors.vectors()[np.argsort(gallery.places)]
+    vectors = mapper.map_real(np.concatenate([gallery.exemplars, shuffled])).astype(np.float64)
     scores = mapper.map_synth(asked).astype(np.float64) @ vectors[: EXEMPLARS + size].T
     ranks = np.full(queries.own.shape, NO_RANK)
     for query, own in enumerate(queries.own):
@@ -142,6 +143,41 @@ def test_ranks_are_those_of_a_full_sort(tmp_path: Path, blocks: None, kind: Kind
     check(found["each"], other, slice(1, None, 2))
 
 
+def test_one_walk_from_front_to_back_maps_a_block_once_for_all_who_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_module, "BLOCK", 64)
+    monkeypatch.setattr(gallery_module, "BLOCK_BYTES", 1)
+    gallery = draw_gallery(tmp_path / "features")
+    asked, queries = draw_queries(gallery)
+    one, other = draw_mapper("mlp", 2), draw_mapper("mlp", 3)
+    spaces = {"both": {"object": one, "style": one}, "each": {"object": one, "style": other}}
+    beside = Attributions(gallery, one, one.map_synth(asked), CALIBRATORS, k=10)
+    wanted = attribute_all(gallery, one, one.map_synth(asked), CALIBRATORS, k=10)
+    taken: list[np.ndarray] = []
+    mapped: list[Mapper] = []
+    take, map_real = FeatureSet.take, Mapper.map_real
+
+    def taking(features: FeatureSet, rows: np.ndarray) -> np.ndarray:
+        taken.append(rows)
+        return take(features, rows)
+
+    def mapping(mapper: Mapper, rows: np.ndarray) -> np.ndarray:
+        mapped.append(mapper)
+        return map_real(mapper, rows)
+
+    monkeypatch.setattr(FeatureSet, "take", taking)
+    monkeypatch.setattr(Mapper, "map_real", mapping)
+    rank_in_spaces(spaces, asked, queries, gallery, (20,), beside=[(one, beside.add)])
+    walked = [np.arange(DISTRACTORS)[first : first + 64].tolist() for first in range(0, DISTRACTORS, 64)]
+    assert [np.sort(rows).tolist() for rows in taken] == walked
+    exemplars = 3  # one for each space's mapper
+    assert len(mapped) == exemplars + 2 * len(walked)
+    for name, found in beside.conclude().items():
+        np.testing.assert_array_equal(found.ids, wanted[name].ids)
+        np.testing.assert_array_equal(found.influence, wanted[name].influence)
+
+
 def test_a_gallery_of_exemplars_alone(tmp_path: Path) -> None:
     gallery = draw_gallery(tmp_path / "features", distractors=0)
     asked, queries = draw_queries(gallery)
@@ -157,7 +193,6 @@ def test_memory_does_not_grow_with_the_gallery(tmp_path: Path, monkeypatch: pyte
     """Neither raw nor mapped distractors, nor the scores of all of them, are ever in memory together."""
     monkeypatch.setattr(gallery_module, "BLOCK", 64)
     monkeypatch.setattr(gallery_module, "BLOCK_BYTES", 256 * DIM * 4)
-    monkeypatch.setattr(gallery_module, "READ_BYTES", 512 * DIM * 4)
     monkeypatch.setattr(calibrate, "EXACT_ROWS", 100)
     monkeypatch.setattr(score_bins, "PER_UNIT", 64)
     taken: list[int] = []
@@ -180,5 +215,5 @@ def test_memory_does_not_grow_with_the_gallery(tmp_path: Path, monkeypatch: pyte
         rank_in_spaces(spaces, asked, queries, gallery, (1000,))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert max(taken) == 64
+    assert max(taken) == 256
     assert peaks[1] < peaks[0] + 0.1 * 4 * DIM * 6_000
