@@ -27,8 +27,8 @@ class Gallery:
     """All exemplars, in memory, then all distractors, on disk; un-normalized.
 
     `places` are those of the distractors, as they lie on disk, in an order drawn at random: the first n are a
-    smaller gallery like the whole. The disk is read from front to back, a block at a time, and each block's rows
-    pass by in the order of their places. Rows of the gallery are numbered as they pass by.
+    smaller gallery like the whole. The disk is read from front to back, a block at a time, and the rows of a
+    block pass by in the order of their places. Rows of the gallery are numbered as they pass by.
     """
 
     exemplar_ids: Shaped[np.ndarray, " exemplars"]
