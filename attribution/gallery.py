@@ -15,7 +15,8 @@ from attribution.features import FeatureSet
 from attribution.mapper import BLOCK, Mapper
 from attribution.similarity import Attribution
 
-BLOCK_BYTES = 1 << 27  # float32 rows that are read and mapped at a time
+# Float32 rows that are read and mapped at a time. The best k of each block are sorted: few blocks are faster.
+BLOCK_BYTES = 1 << 28
 
 
 # Is told the next mapped distractors, and the place of each: ascending in a block.
@@ -69,6 +70,7 @@ class Gallery:
         yield mapper.map_real(self.exemplars)
         for block, _ in self.distractor_blocks():
             yield mapper.map_real(block)
+            del block  # or the next one is read beside it
 
     def show(self, readers: Iterable[tuple[Mapper, Reader]]) -> None:
         """Each reader gets all distractors, mapped by its mapper, in one walk; each block is mapped once."""
@@ -80,6 +82,8 @@ class Gallery:
                 mapped = mapper.map_real(block)
                 for reader in some:
                     reader(mapped, places)
+                del mapped  # or the next one is made beside it
+            del block
 
 
 class Attributions:
