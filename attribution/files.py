@@ -33,12 +33,15 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """`path` holds either all of what was written, or what it held before.
 
     Yields a sibling that does not exist yet, with the same suffix, to be made a file or a folder; it takes
-    the place of `path` (file or folder) when the block ends, and is removed when the block raises. Parent
-    folders are made. What a killed process on this host left behind for the same `path` is cleared away
-    first. Raises FileNotFoundError if the block wrote nothing, DiskFullError if it filled the disk.
+    the place of `path` when the block ends, and is removed when the block raises. Parent folders are made.
+    What a killed process on this host left behind for the same `path` is cleared away first. Raises
+    FileNotFoundError if the block wrote nothing, DiskFullError if it filled the disk, PermissionError for a
+    folder that takes no files, FileExistsError rather than put a file where a folder or a device is.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):  # also where the disk is mounted read-only
+        raise PermissionError(errno.EACCES, f"{path.parent}: nothing can be written there")
     _remove_abandoned(path)
     stem = f"{PARTIAL_PREFIX}{socket.gethostname()}-{os.getpid()}-{next(_serial)}"
     partial = path.with_name(f"{stem}-{path.name}")
@@ -184,7 +187,10 @@ def _amount(count: int) -> str:
 
 
 def _replace(partial: Path, path: Path, aside: Path) -> None:
-    if path.is_dir() or (partial.is_dir() and path.exists()):
+    if path.exists() and not path.is_file() and not partial.is_dir():
+        # What somebody keeps in a folder is no earlier version of a file.
+        raise FileExistsError(errno.EEXIST, f"{path}: wanted to write a file, but there is something else")
+    if partial.is_dir() and path.exists():
         # rename() does not replace a folder that has something in it.
         path.rename(aside)
         partial.rename(path)

@@ -60,11 +60,26 @@ def test_a_folder_replaces_a_full_folder_and_a_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["features", "features/b"]
 
 
-def test_a_file_replaces_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "x" / "y").mkdir(parents=True)
-    with atomic_path(tmp_path / "x") as partial:
-        partial.write_text("file")
-    assert names(tmp_path) == ["x"]
+def test_a_file_does_not_replace_a_folder_or_a_device(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "mine.png").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (pictures, tmp_path / "pipe"):
+        with (
+            pytest.raises(FileExistsError, match=f"{path}: wanted to write a file"),
+            atomic_path(path) as partial,
+        ):
+            partial.write_text("page")
+    assert names(tmp_path) == ["pictures", "pictures/mine.png", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"{tmp_path}: nothing can be written there"):
+        write_json(tmp_path / "x.json", {})
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("folder", [False, True])
