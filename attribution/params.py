@@ -121,7 +121,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(arg, value, where)
         except ValueError:
             continue
-    raise _wanted(where, " or ".join(getattr(arg, "__name__", str(arg)) for arg in args), value)
+    names = ["null" if arg is type(None) else getattr(arg, "__name__", str(arg)) for arg in args]
+    raise _wanted(where, " or ".join(names), value)
 
 
 def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -139,4 +140,5 @@ def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, where: st
 
 
 def _wanted(where: str, wanted: str, got: Any) -> ValueError:
-    return ValueError(f"{where}: wanted {wanted}, got {got!r} ({type(got).__name__})")
+    said = "null" if got is None else f"{got!r} ({type(got).__name__})"
+    return ValueError(f"{where}: wanted {wanted}, got {said}")

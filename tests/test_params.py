@@ -74,10 +74,10 @@ def test_an_int_will_do_for_a_float(params_file: Path) -> None:
         ({"rate": True}, r"rate: wanted float, got True \(bool\)"),
         ({"steps": 3.0}, r"steps: wanted int, got 3\.0 \(float\)"),
         ({"steps": True}, r"steps: wanted int, got True \(bool\)"),
-        ({"steps": None}, r"steps: wanted int, got None \(NoneType\)"),
+        ({"steps": None}, r"steps: wanted int, got null"),
         ({"flips": 1}, r"flips: wanted bool, got 1 \(int\)"),
         ({"kind": "conv"}, r"kind: wanted one of linear, mlp, got 'conv'"),
-        ({"name": 5}, r"name: wanted str or NoneType, got 5 \(int\)"),
+        ({"name": 5}, r"name: wanted str or null, got 5 \(int\)"),
         ({"betas": [0.9]}, r"betas: wanted a list of 2, got \[0\.9\]"),
         ({"betas": 0.9}, r"betas: wanted a list, got 0\.9"),
         ({"layers": [1, "2"]}, r"layers\[1\]: wanted int, got '2' \(str\)"),
@@ -189,5 +189,5 @@ def test_null_may_go_unsaid_where_the_record_says_so(params_file: Path, said: di
     with pytest.raises(ValueError, match="missing key size; wanted: size, revision"):
         load_params(Optional, "train", params_file)
     params_file.write_text(yaml.safe_dump({"train": {"size": 1, "revision": 3}}))
-    with pytest.raises(ValueError, match=r"revision: wanted str or NoneType, got 3"):
+    with pytest.raises(ValueError, match=r"revision: wanted str or null, got 3"):
         load_params(Optional, "train", params_file)
