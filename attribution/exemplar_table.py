@@ -69,7 +69,7 @@ def read_entries(source: Path) -> list[Entry]:
     if source.is_dir():
         entries = list(_from_tree(source))
     elif source.is_file():
-        entries = [_from_row(source, number, row) for number, row in enumerate(_rows(source), start=1)]
+        entries = list(_from_table(source))
     else:
         raise FileNotFoundError(f"{source}: no such folder or table; wanted {LAYOUT}")
     if not entries:
@@ -136,11 +136,27 @@ def _from_tree(root: Path) -> Iterator[Entry]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root, followlinks=False):
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if links := [name for name in folders if Path(folder, name).is_symlink()]:
+            link = Path(folder, min(links))
+            raise ValueError(f"{link}: a link to a folder, which is not followed; put the folder there")
         for name in files:
             if not name.startswith(".") and not name.lower().endswith(SIDECAR_SUFFIXES):
                 yield Path(folder, name)
+
+
+def _from_table(table: Path) -> Iterator[Entry]:
+    names: dict[str, str] = {}
+    for number, row in enumerate(_rows(table), start=1):
+        entry = _from_row(table, number, row)
+        if (other := names.setdefault(entry.concept_id, row["concept"])) != row["concept"]:
+            said = f"{other!r} and {row['concept']!r} would both be concept {entry.concept_id}"
+            raise ValueError(f"{table}: row {number}: {said}; rename one")
+        yield entry
 
 
 def _from_row(table: Path, number: int, row: dict[str, str]) -> Entry:
@@ -169,20 +185,14 @@ def _from_row(table: Path, number: int, row: dict[str, str]) -> Entry:
 
 def _rows(table: Path) -> list[dict[str, str]]:
     """The table's rows with text cells, all with the same columns; an empty cell is ""."""
-    suffix = table.suffix.lower()
-    if suffix == ".parquet":
-        try:
-            found: list[dict[str, Any]] = pq.read_table(table).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{table}: not a parquet file: {' '.join(str(error).split())}") from error
-    elif suffix == ".csv":
-        # utf-8-sig: spreadsheets begin their files with a byte order mark.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            found = list(csv.DictReader(file))
-    elif suffix == ".jsonl":
-        found = [_json_row(table, number, line) for number, line in _lines(table)]
-    else:
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    if table.suffix.lower() not in readers:
         raise ValueError(f"{table}: wanted {LAYOUT}")
+    try:
+        found = readers[table.suffix.lower()](table)
+    except UnicodeDecodeError as error:
+        byte = f"a byte {error.object[error.start]:#x}"
+        raise ValueError(f"{table}: not UTF-8 ({byte} out of place); save it as UTF-8") from error
     names = list(dict.fromkeys(name for row in found for name in row if isinstance(name, str)))
     if found and (missing := [name for name in WANTED if name not in names]):
         raise ValueError(f"{table}: no column {', '.join(missing)}; it has: {', '.join(names)}")
@@ -191,9 +201,31 @@ def _rows(table: Path) -> list[dict[str, str]]:
     return [{name: _cell(row.get(name)) for name in names} for row in found]
 
 
-def _lines(table: Path) -> Iterator[tuple[int, str]]:
-    text = table.read_text(encoding="utf-8-sig")
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+def _csv_rows(table: Path) -> list[dict[str, Any]]:
+    # utf-8-sig: spreadsheets begin their files with a byte order mark.
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            found: list[dict[Any, Any]] = list(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(f"{table}: not CSV: {error}") from error
+    for number, row in enumerate(found, start=1):
+        if None in row:
+            raise ValueError(
+                f"{table}: row {number}: {len(row[None])} cells too many; put texts with commas in quotes"
+            )
+    return found
+
+
+def _json_rows(table: Path) -> list[dict[str, Any]]:
+    lines = table.read_text(encoding="utf-8-sig").split("\n")
+    return [_json_row(table, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parquet_rows(table: Path) -> list[dict[str, Any]]:
+    try:
+        return pq.read_table(table, partitioning=None).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{table}: no parquet file to read: {' '.join(str(error).split())}") from error
 
 
 def _json_row(table: Path, number: int, line: str) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def list_units(root: Path, *, files_per_unit: int) -> tuple[list[Unit], list[Ski
     units: list[Unit] = []
     files: list[str] = []
     for name in names:
-        lower = name.lower()
+        # What is no regular file (a pipe would be waited for) is told with the image files.
+        lower = name.lower() if (base / name).is_file() else ""
         if lower.endswith(TAR_SUFFIXES):
             units.append(Unit(base, "tar", (name,)))
         elif lower.endswith(".parquet"):

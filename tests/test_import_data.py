@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -30,6 +31,7 @@ from attribution.images import decode_image, read_image_table, table_parts
 from attribution.params import load_params
 from stages import import_data
 from stages.import_data import Params, run
+from stages.incremental import StageError, alone_in
 from tests.test_images import BAD, encode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,6 +218,14 @@ BAD_TABLES: dict[str, tuple[list[dict], str]] = {
     ),
     "taken column": ([{**ROWS[0], "seen": "yes"}], r"column seen is filled here; rename yours"),
     "no name": ([{**ROWS[0], "concept": "///"}], r"'///' gives no usable concept name"),
+    "two concepts of one name": (
+        [ROWS[0], {**ROWS[1], "concept": "pet_0"}],
+        r"row 2: 'pet 0' and 'pet_0' would both be concept pet-0; rename one",
+    ),
+    "comma in a text": (
+        [ROWS[0], {**ROWS[1], "medium": "a photo, in colour"}],
+        r"row 2: 1 cells too many; put texts with commas in quotes",
+    ),
     "too few": (ROWS[:2], r"no concept of split test among 2; give more concepts, a column split"),
 }
 
@@ -233,6 +243,31 @@ def test_lines_that_are_no_json_are_named(tmp_path: Path) -> None:
     write(tmp_path / "own" / "list.jsonl", b'{"concept": "a"\n')
     with pytest.raises(ValueError, match=r"list\.jsonl: line 1: not JSON"):
         bring_in(tmp_path, exemplars="own/list.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "list.csv",
+            "concept,kind\ncafé".encode("latin-1"),
+            r"not UTF-8 \(a byte 0xe9 out of place\); save it as",
+        ),
+        ("list.jsonl", '{"concept": "café"}'.encode("latin-1"), r"not UTF-8 \(a byte 0xe9"),
+        ("list.csv", b"concept,kind,noun,path\n" + b"x" * 200_000, "not CSV: field larger than"),
+        ("list.parquet", b"PAR1", "no parquet file to read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    write(tmp_path / "own" / name, data)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        bring_in(tmp_path, exemplars=f"own/{name}")
+
+
+def test_a_link_to_a_folder_of_exemplars_is_not_passed_over(own: Path) -> None:
+    (own / "own" / "exemplars" / "style" / "Artist 4").symlink_to(own / "own" / "distractors")
+    with pytest.raises(ValueError, match="Artist 4: a link to a folder, which is not followed"):
+        bring_in(own)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +386,13 @@ def test_huge_files_are_skipped_before_they_are_read(own: Path, monkeypatch: pyt
     write(own / "own" / "distractors" / "huge.png", picture(1, (40, 40)))
     bring_in(own, max_skipped_share=0.1)
     assert re.fullmatch(r"[\d,]+ bytes, more than the limit of 2,000", skipped(own)["huge.png"][1])
+
+
+def test_a_pipe_is_not_waited_for(own: Path) -> None:
+    for name in ("a.tar", "a.parquet", "a.png"):
+        os.mkfifo(own / "own" / "distractors" / name)
+    bring_in(own, max_skipped_share=0.5)
+    assert set(skipped(own).values()) == {("unreadable", "not a regular file")}
 
 
 def test_names_that_are_no_text_are_kept_readable(own: Path) -> None:
@@ -542,6 +584,12 @@ def test_a_killed_run_goes_on_where_it_was(own: Path, monkeypatch: pytest.Monkey
     assert everything(own) == resumed
 
 
+def test_two_runs_at_once_are_refused(own: Path) -> None:
+    with alone_in(own / "world" / ".imported"), pytest.raises(StageError, match="another run is at work"):
+        bring_in(own)
+    assert not (own / "world" / "exemplars.parquet").exists()
+
+
 def test_without_distractors_the_table_is_empty(own: Path) -> None:
     """Every backbone then brings its own, ready made."""
     assert ", 0 distractors; skipped 0 (none)" in bring_in(own, distractors=None)
@@ -621,6 +669,7 @@ def test_one_more_concept_moves_two_others_at_most(own: Path) -> None:
     ("changes", "message"),
     [
         ({"rows_per_part": 0}, "rows_per_part 0, workers 2: wanted 1 or more"),
+        ({"distractors": ""}, "exemplars, distractors: wanted paths"),
         ({"max_skipped_share": 1.5}, "max_skipped_share: wanted a share of 1"),
     ],
 )
