@@ -18,6 +18,7 @@ from PIL import Image
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
 from attribution.clip_retrieval import describe
+from attribution.command import FORESEEN, in_a_line
 from attribution.features import FeatureSet, check_same_space
 from attribution.files import atomic_path
 from attribution.images import ImageError, decode_image, find_rows
@@ -75,11 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     try:
         page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
-    except (ValueError, OSError) as error:
-        _complain(str(error))
+        with atomic_path(options.page) as partial:
+            partial.write_text(page, encoding="utf-8")
+    except FORESEEN as error:
+        if (line := in_a_line(error)) is None:
+            raise
+        _complain(line)
         return 2
-    with atomic_path(options.page) as partial:
-        partial.write_text(page, encoding="utf-8")
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
     print(f"page: {_printable(str(options.page))}")
     return status
 
@@ -92,7 +98,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--top", type=_positive, default=10, help="images to show for each (default: 10)")
     parser.add_argument(
-        "--page", type=Path, default=Path("attribution.html"), help="default: attribution.html"
+        "--page", type=_page_path, default=Path("attribution.html"), help="default: attribution.html"
     )
     return parser.parse_args(arguments)
 
@@ -101,6 +107,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number of 1 or more, got {text!r}")
     return int(text)
+
+
+def _page_path(text: str) -> Path:
+    """Refused before the work, not after it: a page would take the place of what is there."""
+    path = Path(text)
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"wanted the name of a file, got {text!r}")
+    return path
 
 
 def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> str:
@@ -119,7 +133,7 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     }
     missing = [path for path in paths.values() if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]}: not made yet; run: make repro")
+        raise FileNotFoundError(f"{missing[0]}: not made yet; run: dvc repro")
     sets = [FeatureSet.open(paths[kind], backbone=name) for kind in ("distractors", "exemplars")]
     mapper = Mapper.load(paths["mapper"], backbone=name, dim=sets[0].space.dim)
     calibrator = Calibrator.load(paths["calibrator"])

@@ -13,7 +13,6 @@ the reference breaks ties, nor how its own float32 scores order near-equal ones:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from attribution.calibrator import Calibrator
+from attribution.command import command_line
 from attribution.evaluation import Intervals
 from attribution.features import FeatureSet
 from attribution.files import write_json
@@ -157,11 +157,13 @@ def tabulate(
 
 def main() -> None:
     """Evaluates the backbone on the command line once more, as import_reference has done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("backbone")
-    parser.add_argument("--folder", type=Path, default=Path("data/reference"), help="default: data/reference")
-    options = parser.parse_args()
-    print(run(load_params(Params, "evaluate_reference"), options.backbone, folder=options.folder))
+    with command_line("stages.evaluate_reference", __doc__) as parser:
+        parser.add_argument("backbone")
+        parser.add_argument(
+            "--folder", type=Path, default=Path("data/reference"), help="default: data/reference"
+        )
+        options = parser.parse_args()
+        print(run(load_params(Params, "evaluate_reference"), options.backbone, folder=options.folder))
 
 
 if __name__ == "__main__":

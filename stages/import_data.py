@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from attribution import images, intake, sources
+from attribution.command import command_line
 from attribution.exemplar_table import SPLITS, Entry, Shares, assign_splits, read_entries
 from attribution.files import atomic_path, content_key, read_json, require_space, write_json
 from attribution.images import write_image_table
@@ -34,7 +35,7 @@ from attribution.intake import FAULTS, Rules, Skipped, Taken, check_share, take_
 from attribution.params import load_params
 from attribution.sources import Unit, list_units, read_file
 from stages.imports import code_key
-from stages.incremental import prune
+from stages.incremental import alone_in, prune
 
 # A part is also a row group at most, which its readers hold in memory.
 PART_BYTES = 256 * 2**20
@@ -64,6 +65,8 @@ class Params:
     workers: int
 
     def __post_init__(self) -> None:
+        if "" in (self.exemplars, self.distractors):
+            raise ValueError("exemplars, distractors: wanted paths (distractors may be null), got ''")
         if self.rows_per_part < 1 or self.workers < 1:
             raise ValueError(f"rows_per_part {self.rows_per_part}, workers {self.workers}: wanted 1 or more")
         if not 0 <= self.max_skipped_share <= 1:
@@ -88,23 +91,24 @@ def run(params: Params, *, root: Path, exemplars: Path, distractors: Path, skipp
     """Writes both tables, each whole or not at all, and returns a line on what came of it.
 
     `skipped` is written whatever happens. Raises ValueError where too many pictures are unreadable, a split
-    is left without concepts, or the lists themselves are wrong.
+    is left without concepts, or the lists themselves are wrong, StageError where another run is at work.
     """
     passed_over: list[tuple[str, Skipped]] = []
-    try:
-        table = exemplar_table(params, root / params.exemplars, passed_over)
-        ids = table["image_id"].to_pylist()
-        with atomic_path(distractors) as folder:
-            folder.mkdir()
-            if params.distractors is None:
-                write_image_table(folder / "part-00000.parquet", NO_DISTRACTORS)
-                count = 0
-            else:
-                source = root / params.distractors
-                count = import_distractors(params, source, folder, work, ids, passed_over)
-        write_image_table(exemplars, table)
-    finally:
-        write_skipped(skipped, passed_over)
+    with alone_in(work):
+        try:
+            table = exemplar_table(params, root / params.exemplars, passed_over)
+            ids = table["image_id"].to_pylist()
+            with atomic_path(distractors) as folder:
+                folder.mkdir()
+                if params.distractors is None:
+                    write_image_table(folder / "part-00000.parquet", NO_DISTRACTORS)
+                    count = 0
+                else:
+                    source = root / params.distractors
+                    count = import_distractors(params, source, folder, work, ids, passed_over)
+            write_image_table(exemplars, table)
+        finally:
+            write_skipped(skipped, passed_over)
     split_of = dict(zip(table["concept_id"].to_pylist(), table["split"].to_pylist(), strict=True))
     by_split = collections.Counter(split_of.values())
     by_reason = collections.Counter(one.reason for _, one in passed_over)
@@ -279,17 +283,19 @@ def place_part(part: Path, target: Path, taken: set[int], of_exemplars: set[int]
 
 
 def main() -> None:
-    """`python -m stages.import_data`, from the repository's root."""
+    """`python -m stages.import_data`, from the repository's root or a world's folder."""
     world = Path("data/world")
-    line = run(
-        load_params(Params, "import_data"),
-        root=Path(),
-        exemplars=world / "exemplars.parquet",
-        distractors=world / "distractors",
-        skipped=world / "skipped.parquet",
-        work=world / ".imported",
-    )
-    print(line)
+    with command_line("stages.import_data", __doc__) as parser:
+        parser.parse_args()
+        line = run(
+            load_params(Params, "import_data"),
+            root=Path(),
+            exemplars=world / "exemplars.parquet",
+            distractors=world / "distractors",
+            skipped=world / "skipped.parquet",
+            work=world / ".imported",
+        )
+        print(line)
 
 
 if __name__ == "__main__":

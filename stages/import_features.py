@@ -13,11 +13,11 @@ ready_distractors, `featurize` takes them, and the graph knows when they change.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.clip_retrieval import check_model, link_features
+from attribution.command import command_line
 from attribution.params import load_params
 
 SETS = ("exemplars", "queries", "distractors")
@@ -25,30 +25,30 @@ SETS = ("exemplars", "queries", "distractors")
 
 def main() -> None:
     """Runs the import for the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
-    parser.add_argument("set", choices=SETS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", required=True, help="what clip-retrieval was told as --clip_model")
-    parser.add_argument(
-        "--name-column", help="the metadata's column of names (default: image_path, key or url)"
-    )
-    parser.add_argument(
-        "--ids",
-        choices=("digest", "stem"),
-        default="digest",
-        help="how an id is made from a name; stem: x of a/b/x.jpg, for pictures exported by id",
-    )
-    options = parser.parse_args()
-    settings = load_params(BackboneSettings, f"featurize.settings.{options.backbone}")
-    check_model(options.backbone, settings, options.model)
-    space = load_backbone(options.backbone, settings, root=Path()).space
-    path = Path("data/features") / options.backbone / options.set
-    found = link_features(options.folder, path, space, name_column=options.name_column, ids=options.ids)
-    print(
-        f"import_features: {len(found):,} vectors of dim {found.space.dim} "
-        f"in {len(found.shards)} shards: {path}"
-    )
+    with command_line("stages.import_features", __doc__) as parser:
+        parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
+        parser.add_argument("set", choices=SETS)
+        parser.add_argument("folder", type=Path)
+        parser.add_argument("--model", required=True, help="what clip-retrieval was told as --clip_model")
+        parser.add_argument(
+            "--name-column", help="the metadata's column of names (default: image_path, key or url)"
+        )
+        parser.add_argument(
+            "--ids",
+            choices=("digest", "stem"),
+            default="digest",
+            help="how an id is made from a name; stem: x of a/b/x.jpg, for pictures exported by id",
+        )
+        options = parser.parse_args()
+        settings = load_params(BackboneSettings, f"featurize.settings.{options.backbone}")
+        check_model(options.backbone, settings, options.model)
+        space = load_backbone(options.backbone, settings, root=Path()).space
+        path = Path("data/features") / options.backbone / options.set
+        found = link_features(options.folder, path, space, name_column=options.name_column, ids=options.ids)
+        print(
+            f"import_features: {len(found):,} vectors of dim {found.space.dim} "
+            f"in {len(found.shards)} shards: {path}"
+        )
 
 
 if __name__ == "__main__":

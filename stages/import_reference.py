@@ -12,7 +12,6 @@ What is not known of the formats, and what is done about it, stands in attributi
 
 from __future__ import annotations
 
-import argparse
 import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attribution.command import command_line
 from attribution.features import Space, write_feature_set
 from attribution.files import atomic_path, content_key
 from attribution.params import load_params
@@ -203,16 +203,18 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 def main() -> None:
     """`python -m stages.import_reference ROOT`, from the repository's root."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("root", type=Path, metavar="ROOT", help="the folder with feats/ and weights/")
-    parser.add_argument("--out", type=Path, default=Path("data/reference"), help="default: data/reference")
-    parser.add_argument(
-        "--unseen", nargs="+", default=(), metavar="LIST", help="test lists of unseen concepts"
-    )
-    options = parser.parse_args()
-    params = load_params(evaluate_reference.Params, "evaluate_reference")
-    for backbone in run(options.root, out=options.out, unseen=options.unseen):
-        print(evaluate_reference.run(params, backbone, folder=options.out))
+    with command_line("stages.import_reference", __doc__) as parser:
+        parser.add_argument("root", type=Path, metavar="ROOT", help="the folder with feats/ and weights/")
+        parser.add_argument(
+            "--out", type=Path, default=Path("data/reference"), help="default: data/reference"
+        )
+        parser.add_argument(
+            "--unseen", nargs="+", default=(), metavar="LIST", help="test lists of unseen concepts"
+        )
+        options = parser.parse_args()
+        params = load_params(evaluate_reference.Params, "evaluate_reference")
+        for backbone in run(options.root, out=options.out, unseen=options.unseen):
+            print(evaluate_reference.run(params, backbone, folder=options.out))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ on ready features where a backbone has them, and on the distractors' pictures wh
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
+from attribution.command import command_line
 from attribution.files import atomic_path
 from attribution.images import write_image_table
 from attribution.params import read_yaml
@@ -45,7 +45,8 @@ def run(name: str, *, graph: Path, worlds: Path) -> str:
 
     Raises FileNotFoundError for a world without parameters, ValueError for a name that is none.
     """
-    if not name or Path(name).name != name:
+    # Path("..").name is "..", whose graph would take the place of the repository's own.
+    if name in ("", "..") or Path(name).name != name:
         raise ValueError(f"world {name!r}: wanted the name of a folder in {worlds}")
     folder = worlds / name
     if not (folder / "params.yaml").is_file():
@@ -106,9 +107,9 @@ def import_stage(root: Path, params: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Takes the name of the world."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", help="a folder in worlds/ with a params.yaml")
-    print(run(parser.parse_args().name, graph=Path("dvc.yaml"), worlds=Path("worlds")))
+    with command_line("stages.world", __doc__) as parser:
+        parser.add_argument("name", help="a folder in worlds/ with a params.yaml")
+        print(run(parser.parse_args().name, graph=Path("dvc.yaml"), worlds=Path("worlds")))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_the_command_takes_the_space_of_the_backbones_row(
     pq.write_table(pa.table({"key": ["a", "b"]}), "ready/metadata_0.parquet")
     command = ["import_features", "tiny", "distractors", "ready", "--model"]
     monkeypatch.setattr(sys, "argv", [*command, "ViT-B/32"])
-    with pytest.raises(ValueError, match=r"tiny: wanted features made by pixels, got ViT-B/32"):
+    with pytest.raises(SystemExit, match=r"tiny: wanted features made by pixels, got ViT-B/32"):
         import_features.main()
     monkeypatch.setattr(sys, "argv", [*command, "pixels"])
     import_features.main()

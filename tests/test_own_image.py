@@ -210,7 +210,7 @@ def test_what_a_repro_has_not_made_yet_is_one_line(
     (root / path).rename(root / "elsewhere")
     assert main(["mine.jpg"]) == 2
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", f"attribution: {path}: not made yet; run: make repro\n")
+    assert (printed.out, printed.err) == ("", f"attribution: {path}: not made yet; run: dvc repro\n")
 
 
 def change_space(root: Path) -> None:
@@ -263,11 +263,27 @@ def test_an_unknown_backbone_is_one_line(root: Path, capsys: pytest.CaptureFixtu
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["mine.jpg", "--top", "0"], ["mine.jpg", "--top", "ten"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["mine.jpg", "--top", "0"],
+        ["mine.jpg", "--top", "ten"],
+        ["mine.jpg", "--page", "data"],
+        ["mine.jpg", "--page", ""],
+        ["mine.jpg", "--page", os.devnull],
+    ],
+)
 def test_wrong_arguments_are_status_2(root: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+    assert (root / "data" / "mappers").is_dir()
+
+
+def test_a_page_that_cannot_be_written_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mine.jpg", "--page", "params.yaml/page.html"]) == 2
+    assert capsys.readouterr().err == "attribution: params.yaml: File exists\n"
 
 
 def test_as_a_command_it_says_no_more_than_it_should(root: Path) -> None:

@@ -177,6 +177,8 @@ def test_made_again_it_is_the_same(copy: Path) -> None:
         ),
         ("", ValueError, "world '': wanted the name of a folder"),
         ("../full", ValueError, r"world '\.\./full': wanted the name of a folder"),
+        # Its graph and its shipped images would take the place of the repository's own.
+        ("..", ValueError, r"world '\.\.': wanted the name of a folder"),
     ],
 )
 def test_what_is_no_world_is_told(name: str, error: type[Exception], message: str) -> None:
