@@ -132,6 +132,8 @@ def make_world(folder: Path, options: argparse.Namespace) -> None:
     world.mapper(options.mapper, world.twist.T).save(folder / "mapper.safetensors", own_kind=own_kind)
     for name in ("permuted", "whitening"):
         world.mapper(options.mapper, world.rotation(options.dim)).save(folder / f"{name}.safetensors")
+    # Last: a folder that has it is whole.
+    write_json(folder / "settings.json", {key: getattr(options, key) for key in SETTINGS})
 
 
 def picture(rng: np.random.Generator) -> bytes:
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--val-models", type=int, default=100, help="of 4 queries each")
     parser.add_argument("--test-models", type=int, default=100)
     parser.add_argument("--queries-per-model", type=int, default=20)
-    parser.add_argument("--id-characters", type=int, default=40, help="numpy keeps 4 bytes of each")
+    parser.add_argument("--id-characters", type=int, default=40, help="of the id of a distractor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="now", help="the name that the figures are kept under")
     parser.add_argument("--folder", type=Path, help="where the world is kept, or already is")
@@ -221,7 +223,7 @@ def main() -> None:
         return
     folder = options.folder or Path(tempfile.mkdtemp(prefix="full_stages-"))
     try:
-        if not (folder / "whitening.safetensors").is_file():
+        if not (folder / "settings.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             make_world(folder, options)
         report = read_json(options.output) if options.output.is_file() else {}
@@ -230,8 +232,8 @@ def main() -> None:
             rows.append(measure(name, folder))
             anonymous = rows[-1]["peak_anonymous_bytes"] / 1e9
             print(f"{options.label}: {name}: {rows[-1]['seconds']:,.1f} s, {anonymous:.2f} GB of its own")
-        said = {key: getattr(options, key) for key in SETTINGS}
-        write_json(options.output, {**report, options.label: {**said, "machine": machine(), "rows": rows}})
+        said = {**read_json(folder / "settings.json"), "machine": machine(), "rows": rows}
+        write_json(options.output, {**report, options.label: said})
     finally:
         if options.folder is None:
             shutil.rmtree(folder)

@@ -30,3 +30,12 @@ def test_a_small_run_tells_time_and_memory(tmp_path: Path, monkeypatch: pytest.M
     metrics = json.loads((tmp_path / "world" / "metrics.json").read_text())
     assert metrics["gallery"]["distractors"] == 300
     assert metrics["object"]["all"]["raw"]["recall_at_10"] < 1
+
+    # Asked for another world than the folder has, it tells what the folder has.
+    monkeypatch.setattr(
+        sys, "argv", ["full_stages", *arguments, "--distractors=9", "--label=again", "--stages=calibrate"]
+    )
+    full_stages.main()
+    report = json.loads(output.read_text())
+    assert [row["stage"] for row in report["again"]["rows"]] == ["calibrate"]
+    assert report["again"]["distractors"] == report["now"]["distractors"] == 300
