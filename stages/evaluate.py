@@ -44,6 +44,19 @@ FILES = {
     "mapped": "mapper.safetensors",
     **{name: f"{name}.safetensors" for name in ("whitening", "permuted")},
 }
+COLUMNS = pa.schema(
+    {
+        "image_id": pa.string(),
+        "concept_id": pa.string(),
+        "gallery_ids": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float32()),
+        "influence": pa.list_(pa.float32()),
+        "support": pa.int64(),
+        "remainder": pa.float32(),
+        "exemplar_ranks": pa.list_(pa.int64()),
+    }
+)
+WRITTEN = 4096  # queries whose matches' ids are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,18 +194,20 @@ def write_attributions(
 ) -> None:
     """One row per test query: its best matches among distractors and everyone's exemplars, best first."""
     found = slice(0, min(attribution.ids.shape[1], len(gallery)))
-    columns = {
-        "image_id": queries.image_ids.tolist(),
-        "concept_id": queries.concept_ids.tolist(),
-        "gallery_ids": gallery.image_ids(attribution.ids[:, found]).tolist(),
-        "scores": list(attribution.scores[:, found]),
-        "influence": list(attribution.influence[:, found]),
-        "support": attribution.support,
-        "remainder": attribution.remainder,
-        "exemplar_ranks": [row[row != NO_RANK] for row in hard_ranks],
-    }
-    with atomic_path(path) as partial:
-        pq.write_table(pa.table(columns), partial, compression="zstd")
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, COLUMNS, compression="zstd") as writer:
+        for first in range(0, len(queries), WRITTEN):
+            some = slice(first, first + WRITTEN)
+            columns = {
+                "image_id": queries.image_ids[some],
+                "concept_id": queries.concept_ids[some],
+                "gallery_ids": gallery.image_ids(attribution.ids[some, found]).tolist(),
+                "scores": list(attribution.scores[some, found]),
+                "influence": list(attribution.influence[some, found]),
+                "support": attribution.support[some],
+                "remainder": attribution.remainder[some],
+                "exemplar_ranks": [row[row != NO_RANK] for row in hard_ranks[some]],
+            }
+            writer.write_table(pa.table(columns, COLUMNS))
 
 
 def write_recall_at_k(

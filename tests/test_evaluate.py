@@ -17,6 +17,7 @@ from attribution.features import FeatureSet
 from attribution.mapper import Mapper, whitening
 from attribution.params import load_params
 from attribution.queries import read_exemplars, read_queries
+from stages import evaluate as stage
 from stages.evaluate import Params, run
 from stages.page import choose_queries, read_pictures
 from tests.feature_world import FeatureWorld, make_world
@@ -229,6 +230,15 @@ def test_ragged_blocks_give_the_same(
     name = "attributions.parquet"
     ids = [pq.read_table(one.folder / name)["gallery_ids"].to_pylist() for one in (found, done)]
     assert ids[0] == ids[1]
+
+
+def test_attributions_are_written_a_few_queries_at_a_time(
+    done: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "WRITTEN", 3)
+    path = evaluate(done.world, tmp_path).folder / "attributions.parquet"
+    assert pq.read_metadata(path).num_row_groups > 2
+    assert pq.read_table(path).equals(pq.read_table(done.folder / path.name))
 
 
 def test_k_larger_than_the_gallery(done: Evaluated, tmp_path: Path) -> None:
