@@ -44,7 +44,7 @@ FILES = {
     "mapped": "mapper.safetensors",
     **{name: f"{name}.safetensors" for name in ("whitening", "permuted")},
 }
-COLUMNS = pa.schema(
+COLUMNS = pa.schema(  # of attributions.parquet
     {
         "image_id": pa.string(),
         "concept_id": pa.string(),
