@@ -148,6 +148,23 @@ def test_the_default_graph_knows_nothing_of_it(copy: Path) -> None:
     assert not [name for name in names if "worlds" in name or name.endswith("@dino")]
 
 
+def test_pictures_of_ones_own_are_seen_by_dvc_and_not_by_git(copy: Path) -> None:
+    """DVC passes over folders that git ignores; what it does not see, `dvc checkout` removes."""
+    for folder in ("data/own/pictures", "worlds/full/data/own/pictures"):
+        (copy / folder).mkdir(parents=True)
+        (copy / folder / "x.png").write_text("x")
+        (copy / f"{folder}.dvc").write_text("outs:\n- path: pictures\n")
+    script = "from dvc.repo import Repo; print(*(stage.relpath for stage in Repo().index.stages))"
+    seen = run(copy, "python", "-c", script).split()
+    git_sees = run(copy, "git", "ls-files", "--others", "--exclude-standard").split()
+    for found in (seen, git_sees):
+        own = [name for name in found if name.endswith("pictures.dvc")]
+        assert sorted(own) == ["data/own/pictures.dvc", "worlds/full/data/own/pictures.dvc"]
+    assert not [name for name in git_sees if name.endswith("x.png")]
+    for folder in ("data/own", "worlds/full/data/own"):
+        shutil.rmtree(copy / folder)
+
+
 def test_a_stage_runs_there_on_the_code_up_here(copy: Path) -> None:
     """Far enough to find its modules, its parameters and its missing input."""
     folder = copy / "worlds" / "full"
