@@ -91,6 +91,10 @@ for instruction in CCTL.IVALL MEMBAR.ALL.GPU; do
   count=$(grep -c "$instruction" "$out/filter_hopper_90a.sass" || true)
   [ "$count" -le 6 ] || fail "filter_hopper.cu: wanted $instruction 6 times at most, got $count: a barrier in the main loop is too strong"
 done
+# A tile with one hit must not fetch all that could be done with any of its scores.
+while read -r count; do
+  [ "$count" -le 8000 ] || fail "filter_hopper.cu: wanted kernels of 8000 instructions at most, got $count: what follows a hit is written out too often"
+done < <(awk '/Function :/ {if (count) print count; count = 0} /^ +\/\*[0-9a-f]+\*\/ / {count++} END {print count}' "$out/filter_hopper_90a.sass")
 if grep -qE "\b(LDL|STL)\b" "$out/filter_hopper_90a.sass"; then fail "filter_hopper.cu: uses local memory"; fi
 disassemble filter_generic_80
 for instruction in HMMA LDGSTS LDSM; do

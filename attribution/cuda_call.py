@@ -48,12 +48,13 @@ class Call:
         self.gallery: Gallery | Streamed
         if isinstance(gallery, Gallery):
             self.gallery, self.library, self.device = gallery, gallery.library, gallery.device
-            cuda_device.require_current(self.device)
+            cuda_device.require_current(self.library, self.device)
             stand_in = np.zeros((0, gallery.dim), np.float32)
             inputs = arrays.open_inputs(on_host(queries), stand_in, None, on_host(offset))
             self.scale = None if scale is None else self._vector(scale, gallery.rows)
         else:
             self.library, self.device = cuda_device.open_device()
+            cuda_device.require_current(self.library, self.device)
             inputs = arrays.open_inputs(on_host(queries), gallery, on_host(scale), on_host(offset))
             self.gallery, self.host_inputs = Streamed(self.library, self.device, inputs), inputs
         self.queries, self.offset = inputs.queries, inputs.offset

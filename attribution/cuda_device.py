@@ -25,13 +25,16 @@ def open_device(device: Any = None) -> tuple[Any, torch.device]:
     return library, chosen
 
 
-def require_current(device: torch.device) -> None:
-    """Kernels are launched on the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+def require_current(library: Any, device: torch.device) -> None:
+    """What this thread launches from here on goes to the device. ValueError if it is not the current one."""
+    if device.type != "cuda":  # the emulated library
+        return
+    if device.index != torch.cuda.current_device():
         raise ValueError(
             f"gallery: wanted it on the current device cuda:{torch.cuda.current_device()}, got {device}; "
             f"do: with torch.cuda.device({device.index})"
         )
+    library.use_device(device.index)
 
 
 def stream_of(device: torch.device) -> ctypes.c_void_p:

@@ -51,7 +51,7 @@ def enqueue(queries: torch.Tensor, gallery: Gallery, *, k: int, inv_tau: float, 
             f"{queries.dtype} {list(queries.shape)} on {queries.device} and b = {b}"
         )
     search = Settings(k, float(inv_tau), float(b)).search()
-    require_current(gallery.device)
+    require_current(gallery.library, gallery.device)
     capacity, first, growth = cuda_walk.plan_chunks(search.k, search.window, gallery.rows, len(queries))
     values = queries.detach().contiguous()
     which = np.arange(len(values))

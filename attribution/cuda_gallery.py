@@ -34,7 +34,7 @@ class Gallery:
         self.library, self.device = cuda_device.open_device(
             device if device is not None else _device_of(gallery)
         )
-        cuda_device.require_current(self.device)
+        cuda_device.require_current(self.library, self.device)
         shards = list(gallery) if _is_sequence(gallery) else [gallery]
         if not shards:
             raise ValueError("gallery: wanted at least one shard, got an empty sequence")

@@ -1,6 +1,7 @@
 """Retrieval on a GPU returns the CPU's bits. Without one, its kernels run emulated: cuda_emulation.py."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from attribution import (
     cuda_batch,
     cuda_call,
+    cuda_device,
     cuda_library,
     cuda_streamed,
     cuda_walk,
@@ -139,10 +141,13 @@ def test_what_overflows_is_walked_again_in_halves(walks: list[int], b: float) ->
     assert min(walks) < 512
 
 
-def test_rows_in_no_order_are_walked_once(walks: list[int]) -> None:
+@pytest.mark.parametrize(("count", "scaled"), [(2, False), (66, True), (130, False)])
+def test_rows_in_no_order_are_walked_once(walks: list[int], count: int, scaled: bool) -> None:
+    """Cut after cut, in every shape of kernel: of a tile's scores few are hits, wherever they lie."""
     rng = np.random.default_rng(0)
-    gallery = oracle.unit(rng.standard_normal((1500, 16)))
-    check(gallery[:2], torch.from_numpy(gallery), k=30, inv_tau=100.0, b=-0.5)
+    gallery = oracle.unit(rng.standard_normal((1500 if count == 2 else 600, 16)))
+    scale = np.ones(len(gallery), np.float32) if scaled else None
+    check(gallery[:count], torch.from_numpy(gallery), k=30, inv_tau=100.0, b=-0.5, scale=scale)
     assert not walks
 
 
@@ -333,6 +338,40 @@ def test_enqueued_answers_are_the_answers(device: str) -> None:
         np.testing.assert_array_equal(
             getattr(found, field).cpu().numpy(), getattr(want, field), err_msg=field
         )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_enqueued_query_that_is_not_finite_is_left_out(device: str, value: float, monkeypatch) -> None:
+    """Nobody has checked it; its candidates must not be what memory held before."""
+    allocate = cuda_batch.allocate
+
+    def filled(*wanted: Any) -> torch.Tensor:
+        return allocate(*wanted).view(torch.uint8).fill_(255).view(wanted[1])  # row 0 with NaN for a score
+
+    monkeypatch.setattr(cuda_batch, "allocate", filled)
+    queries, gallery = oracle.planted(np.random.default_rng(15), 3, 700, 32)
+    place = similarity_cuda.Gallery(gallery)
+    bad = queries.copy()
+    bad[1, 5] = value
+    found = similarity_cuda.enqueue(torch.from_numpy(bad).to(place.device), place, k=6, inv_tau=50.0, b=-0.2)
+    with pytest.raises(ValueError, match=r"enqueue: wanted finite queries with \|q\| <= 2\^30, got one"):
+        found.settled()
+    assert found.selected[:, cuda_library.STATUS].tolist() == [0, 2, 0]
+    assert found.ids[1].tolist() == [-1] * 6
+    want = similarity.attribute(queries, gallery, k=6, inv_tau=50.0, b=-0.2, impl="cpu")
+    np.testing.assert_array_equal(found.ids[::2].cpu().numpy(), want.ids[::2])
+
+
+def test_launches_go_where_pytorch_is(monkeypatch) -> None:
+    """The library's runtime knows nothing of the device that PyTorch made current in this thread."""
+    used: list[int] = []
+    library = SimpleNamespace(use_device=used.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cuda_device.require_current(library, torch.device("cuda", 1))
+    assert used == [1]
+    with pytest.raises(ValueError, match=r"wanted it on the current device cuda:1, got cuda:0; do: with"):
+        cuda_device.require_current(library, torch.device("cuda", 0))
+    assert used == [1]
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -203,7 +203,7 @@ def test_a_fault_surfaces_at_its_launch_when_debugging() -> None:
         try:
             similarity.search(np.ones((1, 64), np.float32), place, k=1)
         except RuntimeError as error:
-            print(error)
+            print(error, flush=True)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).resolve().parents[1],

@@ -54,6 +54,21 @@ HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
             "__syncthreads();", id="begins before the other block's barriers are there",
         ),
         pytest.param(
+            PAIRS, HOPPER, "  __syncwarp();  // the cluster's barrier wants whole warps\n", "",
+            id="begins in parts of warps",
+        ),
+        pytest.param(
+            PAIRS, HOPPER, "  __syncwarp();\n  if constexpr (cluster > 1) cluster_barrier();\n}",
+            "  if constexpr (cluster > 1) cluster_barrier();\n}", id="ends in parts of warps",
+        ),
+        pytest.param(
+            MANY, HOPPER, "wait(empty(stage), parity ^ 1);", "wait(empty(stage), parity);",
+            id="waits for the phase that is to come",
+        ),
+        pytest.param(
+            MANY, "epilogue.h", "left &= left - 1", "left = 0", id="one hit of sixteen values"
+        ),
+        pytest.param(
             MANY, HOPPER, "line_bytes / bytes_of(storage)", "256 / bytes_of(storage)", id="box too wide"
         ),
         pytest.param(MANY, "hopper.h", "group_bytes = 8 *", "group_bytes = 16 *", id="groups of lines apart"),

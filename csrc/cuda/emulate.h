@@ -68,6 +68,7 @@ struct Fiber {
   Cta* cta = nullptr;
   bool done = false;
   Queue copies, products;
+  bool together = true;  // has done nothing on its own since its warp came together
   unsigned lane() const { return thread.x % 32; }
   Warp& warp() const { return cta->warps[thread.x / 32]; }
 };
@@ -160,7 +161,11 @@ inline void arrive_and_wait(Barrier& barrier, const int& alive) {
   while (barrier.generation == generation) give_way();
 }
 
-inline void warp_barrier() { arrive_and_wait(machine.current->warp().barrier, machine.current->warp().alive); }
+inline void warp_barrier() {
+  Fiber& me = *machine.current;
+  arrive_and_wait(me.warp().barrier, me.warp().alive);
+  me.together = true;
+}
 
 inline void fiber_main() {
   (*machine.body)();
@@ -207,6 +212,7 @@ inline void run(const std::string& name, int64_t grid, int block, size_t shared_
       fiber.thread = Dim3(unsigned(i) % unsigned(block));
       fiber.cta = &machine.cluster[i / size_t(block)];
       fiber.done = false;
+      fiber.together = true;
       fiber.copies = fiber.products = Queue();
       void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63));
       top -= 1;  // as if called: the stack pointer is 8 off a multiple of 16
@@ -292,6 +298,7 @@ inline uint32_t __ballot_sync(unsigned, bool holds) {
   return bits;
 }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clzll(long long bits) { return bits ? __builtin_clzll(static_cast<unsigned long long>(bits)) : 64; }
 
 template <class T>

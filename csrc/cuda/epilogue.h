@@ -22,7 +22,7 @@ __device__ __forceinline__ Stripe bound_of(const Slab& slab, const Query& query,
   return bound;
 }
 
-// A fast score that reached the threshold. column: row - first row of the tile
+// A fast score that reached the threshold.
 __device__ __forceinline__ void hit(const Batch& batch, const Slab& slab, const Chunk& chunk, const Query* own, int q, int64_t row,
                                     float value) {
   if (row < chunk.begin || row >= chunk.end) return;
@@ -33,22 +33,44 @@ __device__ __forceinline__ void hit(const Batch& batch, const Slab& slab, const 
 }
 
 // values: [count] of one query, at rows first + column(i).
+//
+// Nearly all tiles end at the first test. What comes after it is kept short, with one hit() for sixteen values: written
+// out for each of them it was 170 KB of instructions, which a tile with a single hit had to fetch.
 template <int count, class Value, class Column>
 __device__ __forceinline__ void sift(const Batch& batch, const Slab& slab, const Chunk& chunk, const Query* own, float threshold, int q,
                                      int64_t first, const Value& value, const Column& column) {
+  constexpr int strands = 4, together = 16;
+  static_assert(count % together == 0, "");
   const float offset = batch.offset != nullptr ? own->offset : 0.0f;
+  const auto scale_of = [&](int64_t row) { return row < slab.count ? slab.scale[row] : 0.0f; };
+  uint32_t hits[count / together] = {};
   if (slab.scale == nullptr) {
-    float best = value(0);
+    float best[strands];  // or each maximum would wait for the one before
 #pragma unroll
-    for (int i = 1; i < count; ++i) best = fmaxf(best, value(i));
-    if (!(best + offset >= threshold)) return;
+    for (int i = 0; i < count; ++i) best[i % strands] = i < strands ? value(i) : fmaxf(best[i % strands], value(i));
+    if (!(fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3])) + offset >= threshold)) return;
+#pragma unroll
+    for (int i = 0; i < count; ++i) hits[i / together] |= value(i) + offset >= threshold ? 1u << i % together : 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      hits[i / together] |= (value(i) + offset) * scale_of(first + column(i)) >= threshold ? 1u << i % together : 0;
   }
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int64_t row = first + column(i);
-    float score = value(i) + offset;
-    if (slab.scale != nullptr) score *= row < slab.count ? slab.scale[row] : 0.0f;
-    if (score >= threshold) hit(batch, slab, chunk, own, q, row, score);
+  for (int from = 0; from < count; from += together) {
+    uint32_t left = hits[from / together];
+#pragma unroll 1
+    while (left != 0) {
+      const int at = __ffs(int(left)) - 1;
+      left &= left - 1;
+      float score = 0;
+#pragma unroll
+      for (int i = 0; i < together; ++i) score = i == at ? value(from + i) : score;
+      score += offset;
+      const int64_t row = first + column(from + at);
+      if (slab.scale != nullptr) score *= scale_of(row);
+      hit(batch, slab, chunk, own, q, row, score);
+    }
   }
 }
 

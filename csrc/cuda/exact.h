@@ -65,7 +65,7 @@ __device__ __forceinline__ double tree(double lane) {
 // By eight neighbouring threads, all of which get it; the whole warp must come here. j: threadIdx.x % 8.
 __device__ __forceinline__ double canonical_dot(const unsigned char* row, int storage, const float* query, int dim, int j) {
   double sum = 0;
-#pragma unroll 4
+#pragma unroll 16  // loads under way: one block scores few rows at a time, and would wait for each in turn
   for (int d = j; d < dim; d += 8) sum = fma(double(query[d]), value_at(row, storage, d), sum);
   return tree(sum);
 }

@@ -38,6 +38,7 @@ inline Phases& phases_at(emulated::Cta& cta, uint32_t address) {
   return *reinterpret_cast<Phases*>(at_shared(cta, address, sizeof(Phases)));
 }
 inline Phases& phases_at(uint32_t address) {  // rank + 1 above bit 24, or 0: this block's own
+  emulated::machine.current->together = false;
   const uint32_t rank = address >> 24;
   return phases_at(rank == 0 ? *emulated::machine.current->cta : emulated::machine.cluster[rank - 1], address & 0xffffffu);
 }
@@ -63,7 +64,11 @@ inline void wait(uint32_t address, uint32_t parity) {
   while (phases_at(address).phase == parity) emulated::give_way();
   phases_at(address).seen = 1;
 }
-inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine.cluster_barrier, emulated::machine.cluster_alive); }
+inline void cluster_barrier() {
+  // It is .aligned: all threads of a warp must come to it at once.
+  if (!emulated::machine.current->together) emulated::fail("barrier.cluster: a warp may come to it one by one");
+  emulated::arrive_and_wait(emulated::machine.cluster_barrier, emulated::machine.cluster_alive);
+}
 
 // Into one block of the cluster. Beyond the matrix there are zeros, and they count.
 inline void land(const Boxes& boxes, emulated::Cta& cta, uint32_t to, uint32_t barrier, int column, int64_t row) {
@@ -89,18 +94,28 @@ inline void copy_box(const TensorMap& map, uint32_t to, uint32_t barrier, int co
   copy_box(map, to, barrier, column, row, uint16_t(1u << block_rank()));
 }
 
-inline void begin_products() {}
-inline void commit_products() { ++emulated::machine.current->products.group; }
+// All of these are .sync.aligned: a warp goes through them together, or not at all.
+inline void begin_products() { emulated::warp_barrier(); }
+inline void commit_products() {
+  emulated::warp_barrier();
+  ++emulated::machine.current->products.group;
+}
 template <int left>
 void wait_for_products() {
+  emulated::warp_barrier();
   emulated::finish(emulated::machine.current->products, emulated::machine.current->products.group - left);
+  emulated::warp_barrier();  // one thread's wait is the warp's: it may say that all have read a stage
 }
 template <int count>
 void hold(float (&)[count]) {}
 template <int registers>
-void take_registers() {}
+void take_registers() {
+  emulated::warp_barrier();
+}
 template <int registers>
-void give_registers() {}
+void give_registers() {
+  emulated::warp_barrier();
+}
 
 // Where byte `byte` of line `line` of a matrix lies, as its descriptor says.
 inline uint32_t place_of(uint64_t matrix, int line, int byte) {

@@ -145,6 +145,18 @@ int attribution_cuda_devices() {
 #endif
 }
 
+// The calling thread's launches go there. This library's runtime is its own: a thread in which PyTorch has already made
+// a device current is new to it, and would get device 0.
+int attribution_cuda_use_device(int64_t device) {
+  return attempt([&] {
+#ifdef ATTRIBUTION_EMULATED
+    if (device != 0) throw std::runtime_error("use device: there is but one");
+#else
+    check(cudaSetDevice(int(device)), "use device");
+#endif
+  });
+}
+
 // Offsets into the workspace: packed queries, query records, selected, candidates, scratch, fault, slabs; then its size.
 void attribution_cuda_layout(int64_t queries, int64_t dim, int64_t storage, int64_t capacity, int64_t slab_count, int64_t* at) {
   lay_out(queries, dim, storage, capacity, slab_count, at);

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   if (q >= batch.padded) return;
   unsigned char* line = batch.packed + q * batch.line;
   const int bytes = batch.storage == int(Storage::float32) ? 4 : 2;
-  const bool real = q < batch.queries;
+  bool real = q < batch.queries;
   const float* values = batch.values + int64_t(q) * batch.dim;
   float most = 0;
   double squared = 0, moved = 0;
@@ -110,6 +110,14 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
     squared += double(values[d]) * double(values[d]);
   }
   most = warp_max(most);
+  for (int by = 16; by > 0; by /= 2) squared += __shfl_xor_sync(0xffffffffu, squared, by);
+  if (!(squared < double(ATTRIBUTION_INFINITY))) {
+    // A query that nobody could check before. Its scores would compare with nothing, and the slots of a first chunk stay
+    // unwritten; so it is left out, and is never settled.
+    real = false;
+    most = 0;
+    squared = 0;
+  }
   const float offset = real && batch.offset != nullptr ? batch.offset[q] : 0.0f;
   // The largest value becomes one near 1, so that half precision neither overflows nor vanishes.
   int exponent = 0, offset_exponent = -1000;
@@ -126,10 +134,7 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
     if (bytes == 4) reinterpret_cast<uint32_t*>(line)[d] = bits;
     else reinterpret_cast<uint16_t*>(line)[d] = uint16_t(bits);
   }
-  for (int by = 16; by > 0; by /= 2) {
-    squared += __shfl_xor_sync(0xffffffffu, squared, by);
-    moved += __shfl_xor_sync(0xffffffffu, moved, by);
-  }
+  for (int by = 16; by > 0; by /= 2) moved += __shfl_xor_sync(0xffffffffu, moved, by);
   if (lane != 0) return;
   const float infinite = ATTRIBUTION_INFINITY;
   // A sum of dim rounded products in any order (tensor cores cut where others round), then the offset, the scale, the
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   query.size = float(norm * 1.0001);
   query.shift_of_score = fabsf(offset);
   batch.query[q] = query;
-  batch.selected[q] = Selected{query.cut, 0, 0, 0, fine, 0};
+  batch.selected[q] = Selected{query.cut, 0, 0, 0, real ? fine : frozen, 0};
 }
 
 __global__ void open_kernel(Batch batch, int64_t direct) {
