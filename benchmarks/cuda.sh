@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds, tries, measures, tests and sanitizes on a machine with a GPU, in one call of less than ten minutes:
 #
-#     benchmarks/cuda.sh
+#     benchmarks/cuda.sh [short] [benchmark] [tests] [sanitizers]
 #
+# All four where none is named; the build comes first in any case, and what a former call built is not built again.
 # Wants python3 with torch, numpy, pybind11 and jaxtyping; cmake, ninja, nvcc. pytest, hypothesis, beartype, Triton and
 # compute-sanitizer are used where they are. Nothing is installed, and nothing outside build/ and the folder of results
 # is written: $OUT, or benchmarks/results. A step that fails, hangs or lacks a tool does not keep the others from
@@ -16,8 +17,19 @@ logs=$PWD/build/cuda_logs
 rm -rf "$logs"
 mkdir -p "$results" "$logs"
 python=$(command -v python3) || python=python
+for folder in /usr/local/cuda/bin /usr/local/cuda/compute-sanitizer /opt/cuda/bin; do
+  if [ -d "$folder" ]; then PATH=$PATH:$folder; fi  # after whatever is there already
+done
 begin=$SECONDS
 left() { echo $((${SECONDS_IN_ALL:-570} - (SECONDS - begin))); }
+wanted=${*:-short benchmark tests sanitizers}
+wants() { [[ " $wanted " == *" $1 "* ]]; }
+for name in $wanted; do
+  if [[ " short benchmark tests sanitizers " != *" $name "* ]]; then
+    echo "cuda.sh: wanted short, benchmark, tests or sanitizers, got $name" >&2
+    exit 2
+  fi
+done
 
 summarize() {
   "$python" - "$logs" "$results/summary.json" "$((SECONDS - begin))" <<'END'
@@ -41,7 +53,8 @@ step() {
   else
     timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
   fi
-  printf '{"step": "%s", "status": %d, "seconds": %d}\n' "$name" "$status" $((SECONDS - start)) >"$logs/$name.json"
+  printf '{"step": "%s", "status": %d, "seconds": %d}\n' "$name" "$status" $((SECONDS - start)) >"$logs/part.$name"
+  mv "$logs/part.$name" "$logs/$name.json"  # another step may be summarizing
   echo "==> $name: status $status, $((SECONDS - start)) s (at $((SECONDS - begin)) s): $*"
   tail -n "${TAIL:-12}" "$logs/$name.log"
   summarize
@@ -79,42 +92,67 @@ build() {
     -Dpybind11_DIR="$("$1" -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
     -DPYTHON_EXECUTABLE="$1" -DPython_EXECUTABLE="$1"
   cmake --build build/cuda
-  PYTHONPATH=build/cuda:. "$1" -c 'from attribution import cuda_library; library = cuda_library.load_library()
+  PYTHONPATH=build/cuda:.${PYTHONPATH:+:$PYTHONPATH} "$1" -c 'from attribution import cuda_library
+library = cuda_library.load_library()
 print(library.path, "Hopper:", library.has_hopper, "devices:", library.devices(), library.failure())'
 }
 export -f machine build
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=$PWD/build/hypothesis
 
 step machine 60 bash -c 'machine "$1"' - "$python" || true
 step build 180 bash -c 'build "$1"' - "$python" || true
 gather cuda_build.log machine build
-export PYTHONPATH=$PWD/build/cuda:$PWD
+export PYTHONPATH=$PWD/build/cuda:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-# A kernel that waits for ever is found here, and only here.
-step short_generic 45 env ATTRIBUTION_CUDA_KERNEL=generic "$python" -m benchmarks.cuda_short || true
 kernel=hopper
-step short_hopper 45 env ATTRIBUTION_CUDA_KERNEL=hopper "$python" -m benchmarks.cuda_short || kernel=generic
-gather cuda_short.log short_generic short_hopper
+if wants short; then
+  # A kernel that waits for ever is found here, and only here.
+  step short_generic 60 env ATTRIBUTION_CUDA_KERNEL=generic "$python" -m benchmarks.cuda_short || true
+  step short_hopper 60 env ATTRIBUTION_CUDA_KERNEL=hopper "$python" -m benchmarks.cuda_short || kernel=generic
+  gather cuda_short.log short_generic short_hopper
+fi
 
-TAIL=45 step benchmark $(($(left) - 190)) env ATTRIBUTION_CUDA_KERNEL=$kernel OUT="$results" \
-  "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - 205)) || true
-gather cuda_benchmark.log benchmark
+# What comes after the benchmark keeps some time for itself.
+after=0
+if wants tests; then after=$((after + 90)); fi
+if wants sanitizers; then after=$((after + 110)); fi
+if wants benchmark; then
+  TAIL=45 step benchmark $(($(left) - after)) env ATTRIBUTION_CUDA_KERNEL=$kernel OUT="$results" \
+    "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - after - 15)) || true
+  gather cuda_benchmark.log benchmark
+fi
 
-# None of these minds the others' company.
-pytest=("$python" -m pytest -q -p no:cacheprovider)
-# conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
-"$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
-until_end=$(($(left) - 10))
-TAIL=30 step tests "$until_end" env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" tests/test_similarity_cuda.py \
-  tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 &
-for tool in memcheck racecheck initcheck synccheck; do
-  # PyTorch's caching allocator would hide what lies between tensors.
-  TAIL=4 step "$tool" "$until_end" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-    --error-exitcode 1 --kernel-regex kns=attribution "$python" -m benchmarks.cuda_short &
-done
-wait
-gather cuda_tests.log tests
-gather cuda_sanitizers.log memcheck racecheck initcheck synccheck
+if wants tests; then
+  # Out of time, pytest is interrupted, and still says what has failed; a test that hangs shows where.
+  pytest=("$python" -c 'import signal, sys, pytest
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(pytest.main())' -q -p no:cacheprovider --tb=short --maxfail=20 -o faulthandler_timeout=60 -o minversion=7)
+  pytest+=(-W default)  # packages of other versions than the project's may warn
+  # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
+  "$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
+  if wants sanitizers; then after=110; else after=0; fi
+  TAIL=30 step tests $(($(left) - after - 10)) env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" \
+    tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 || true
+  gather cuda_tests.log tests
+fi
+
+if wants sanitizers; then
+  only_ours=--kernel-name
+  compute-sanitizer --help 2>/dev/null | grep -q -e --kernel-name || only_ours=--kernel-regex  # before CUDA 12
+  until_end=$(($(left) - 10))
+  for tool in memcheck racecheck initcheck synccheck; do  # none minds the others' company
+    options=(--tool "$tool" --error-exitcode 1 --print-limit 20 --launch-timeout 120)
+    # initcheck must see PyTorch's kernels write what ours read.
+    if [ "$tool" != initcheck ]; then options+=("$only_ours" kns=attribution); fi
+    # Our calls are checked where they are made; what PyTorch tries in vain is its own affair.
+    if [ "$tool" = memcheck ]; then options+=(--report-api-errors no); fi
+    # PyTorch's caching allocator would hide what lies between tensors.
+    TAIL=4 step "$tool" "$until_end" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
+      "$python" -m benchmarks.cuda_short &
+  done
+  wait
+  gather cuda_sanitizers.log memcheck racecheck initcheck synccheck
+fi
 summarize
 echo "all in $((SECONDS - begin)) s; results in $results"
 cat "$results/summary.json"
