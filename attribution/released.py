@@ -26,6 +26,7 @@ from attribution.mapper import Mapper
 
 # The reference stores b / 0.001.
 BIAS_GAIN = 0.001
+BLOCK = 8192  # rows checked at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,9 @@ def read_test_list(path: Path) -> list[ReleasedModel]:
     models = []
     for number, entry in enumerate(found):
         try:
-            synth = {kind: tuple(map(str, paths)) for kind, paths in entry["synth"].items()}
-            model = ReleasedModel(
-                tuple(map(str, entry["exemplar"])), synth, str(entry["class_id"]), entry["category"]
-            )
+            synth = {kind: _paths(paths) for kind, paths in entry["synth"].items()}
+            category = None if entry["category"] is None else str(entry["category"])
+            model = ReleasedModel(_paths(entry["exemplar"]), synth, str(entry["class_id"]), category)
         except (KeyError, TypeError, AttributeError) as error:
             wanted = "exemplar, synth, class_id, category"
             raise ValueError(f"{path}: entry {number}: wanted {wanted}, got {error!r}") from error
@@ -86,6 +86,11 @@ def read_list_features(path: Path, models: Sequence[ReleasedModel]) -> ReleasedF
         "synth_tensors",
     )
     _check_keys(path, found, names)
+    of_kinds = [found[name] for name in names if name.startswith("synth")]
+    if not all(isinstance(one, Mapping) and {*one} == {*of_kinds[0]} for one in of_kinds):
+        raise ValueError(
+            f"{path}: synth_paths, synth_ids, synth_tensors: wanted the same prompt kinds in each"
+        )
     kinds = sorted(found["synth_paths"])
     features = ReleasedFeatures(
         exemplar_paths=list(map(str, found["exemplar_paths"])),
@@ -130,7 +135,11 @@ def read_calibrator(path: Path) -> Calibrator:
     """The calibrator in the file, b = bias * 0.001. Raises ValueError for values that make no influence."""
     found = load_checkpoint(path)
     _check_keys(path, found, ("inv_tau", "bias"))
-    inv_tau, bias = (float(_array(path, name, found[name]).reshape(())) for name in ("inv_tau", "bias"))
+    values = [_array(path, name, found[name]) for name in ("inv_tau", "bias")]
+    if any(value.size != 1 for value in values):
+        shapes = " and ".join(str(list(value.shape)) for value in values)
+        raise ValueError(f"{path}: inv_tau, bias: wanted a number each, got {shapes}")
+    inv_tau, bias = (value.item() for value in values)
     try:
         return Calibrator(inv_tau, bias * BIAS_GAIN)
     except ValueError as error:
@@ -209,6 +218,12 @@ def _check_models(path: Path, features: ReleasedFeatures, models: Sequence[Relea
                 raise ValueError(f"{path}: model {number}: other {kind} images than in the test list")
 
 
+def _paths(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list):  # a string would be taken for its letters
+        raise TypeError(f"no list of paths: {found!r}"[:80])
+    return tuple(map(str, found))
+
+
 def _names(paths: Sequence[str]) -> list[str]:
     return [PurePosixPath(path).name for path in paths]
 
@@ -217,9 +232,8 @@ def _array(path: Path, name: str, tensor: Any) -> np.ndarray:
     import torch
 
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        raise ValueError(
-            f"{path}: {name}: wanted a tensor of floating point numbers, got {type(tensor).__name__}"
-        )
+        got = getattr(tensor, "dtype", type(tensor).__name__)
+        raise ValueError(f"{path}: {name}: wanted a tensor of floating point numbers, got {got}")
     return tensor.detach().float().numpy()
 
 
@@ -231,7 +245,14 @@ def _stacked(path: Path, name: str, found: Any) -> np.ndarray:
     if not rows or any(one.ndim != 2 or one.shape[1] != rows[0].shape[1] for one in rows):
         shapes = sorted({array.shape for array in arrays})[:3]
         raise ValueError(f"{path}: {name}: wanted [rows, dim], got {shapes}")
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+    stacked = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    for first in range(0, len(stacked), BLOCK):
+        finite = np.isfinite(stacked[first : first + BLOCK]).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"{path}: {name}: row {first + int(finite.argmin())} has a value that is not finite"
+            )
+    return stacked
 
 
 def _integers(path: Path, name: str, found: Any) -> np.ndarray:

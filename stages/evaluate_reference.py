@@ -60,6 +60,8 @@ def run(params: Params, backbone: str, *, folder: Path) -> str:
     """Writes the metrics of one backbone and returns a line on them."""
     mapper_path = folder / "mappers" / backbone / "mapper.safetensors"
     calibrator_path = folder / "calibrators" / f"{backbone}.json"
+    if not (features := folder / "features" / backbone).is_dir():
+        raise FileNotFoundError(f"{features}: no such features; run: python -m stages.import_reference ROOT")
     mapper = Mapper.load(mapper_path, backbone=backbone) if mapper_path.is_file() else None
     metrics = evaluate(params, backbone, mapper, folder)
     if calibrator_path.is_file():

@@ -143,7 +143,10 @@ def import_features(source: Path, lists: Sequence[TestList], folder: Path, unsee
     exemplar_ids: list[str] = []
     exemplars, queries, rows = [], [], []
     for one in lists:
-        found = read_list_features(source / f"{one.name}.pth", one.models)
+        file = source / f"{one.name}.pth"
+        found = read_list_features(file, one.models)
+        if found.exemplars.shape[1] != space.dim:
+            raise ValueError(f"{file}: dim {found.exemplars.shape[1]}, but the distractors have {space.dim}")
         for number, (start, end) in enumerate(found.chunks.tolist()):
             exemplar_ids += one.exemplar_ids[number]
             exemplars.append(found.exemplars[start:end])

@@ -395,17 +395,31 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda root: edit_list(root, 2, synth=None),
         r"entry 2: wanted exemplar, synth, class_id, category",
     ),
+    "a path, no list": (
+        lambda root: edit_list(root, 0, exemplar="a.jpg"),
+        r"entry 0: wanted exemplar, .*no list of paths: 'a\.jpg'",
+    ),
+    "kinds apart": (
+        lambda root: edit(root, "styles", synth_ids={"gpt": []}),
+        r"styles\.pth: synth_paths, synth_ids, synth_tensors: wanted the same prompt kinds",
+    ),
+    "two temperatures": (
+        lambda root: save(
+            root / "weights/calibrator/clip_tuned.pth", {"inv_tau": torch.ones(2), "bias": torch.ones(1)}
+        ),
+        r"clip_tuned\.pth: inv_tau, bias: wanted a number each, got \[2\] and \[1\]",
+    ),
     "no vectors": (
         lambda root: edit(root, "laion_subset", paths=["x"]),
         r"laion_subset\.pth: 1 paths but 150 vectors",
     ),
     "not finite": (
         lambda root: edit(root, "laion_subset", feats=torch.full((150, DIM), torch.nan)),
-        r"distractors: image \w+ has a value that is not a finite number",
+        r"laion_subset\.pth: feats: row 0 has a value that is not finite",
     ),
     "other dim": (
         lambda root: edit(root, "laion_subset", feats=torch.ones((150, DIM + 1))),
-        r"wanted vectors \[24, 13\] for clip|wanted vectors",
+        r"objects_seen\.pth: dim 12, but the distractors have 13",
     ),
     "no list": (
         lambda root: (root / "json" / "styles.json").unlink(),
@@ -455,6 +469,18 @@ def test_a_mapper_of_another_dim_is_refused(tmp_path: Path) -> None:
     run(released.root, out=tmp_path / "out")
     with pytest.raises(ValueError, match=r"clip: a mapper of dim 3 for features of dim 12"):
         evaluate_reference.run(PARAMS, "clip", folder=tmp_path / "out")
+
+
+def test_numbers_are_categories_too(tmp_path: Path) -> None:
+    root = fabricate(tmp_path / "root", backbones=("clip",)).root
+    edit_list(root, 0, category=7)
+    run(root, out=tmp_path / "out")
+    assert "7" in pq.read_table(tmp_path / "out" / "exemplars.parquet")["noun"].to_pylist()
+
+
+def test_what_was_not_imported_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"clip: no such features; run: python -m stages\.import_ref"):
+        evaluate_reference.run(PARAMS, "clip", folder=tmp_path)
 
 
 def test_params_yaml_is_complete() -> None:
