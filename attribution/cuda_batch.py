@@ -162,13 +162,13 @@ class Batch:
         """Of the wanted ones among these queries: begin, ids and scores, sorted. Waits."""
         chosen = self.kept[wanted]
         fill = self.selected[:, cuda.FILL].cpu().numpy()[chosen].astype(np.int64)
-        most = int(fill.max(initial=0))
-        keys = self.keys[torch.from_numpy(chosen).to(self.device), :most].cpu().numpy().view(np.uint64)
-        keys = keys[np.arange(most) < fill[:, None]]
+        begin = np.concatenate([[0], np.cumsum(fill)]).astype(np.int64)
+        # Only what was written: reading the rest would hide, from initcheck, what should not be read.
+        at = np.arange(begin[-1]) + np.repeat(chosen * self.capacity - begin[:-1], fill)
+        keys = self.keys.view(-1)[torch.from_numpy(at).to(self.device)].cpu().numpy().view(np.uint64)
         bits = (keys >> np.uint64(32)).astype(np.uint32)
         bits ^= np.where(bits >> 31 != 0, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
         ids = (np.uint64(0xFFFFFFFF) - (keys & np.uint64(0xFFFFFFFF))).astype(np.int64)
-        begin = np.concatenate([[0], np.cumsum(fill)]).astype(np.int64)
         return begin, ids, bits.view(np.float32)
 
     def answers(self) -> list[np.ndarray]:
