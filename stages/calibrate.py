@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from attribution.calibrator import Calibrator, fit, losses
+from attribution.command import command_line
 from attribution.gallery import Gallery, attribute_all
 from attribution.mapper import Mapper
 from attribution.params import load_params
@@ -144,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.calibrate", __doc__):
+        main()

@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attribution.base_model import BaseSettings
+from attribution.command import command_line
 from attribution.concepts import Concept, read_concepts
 from attribution.params import load_params
 from stages.customizer import PRIOR, Customizer
@@ -106,4 +107,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.customize", __doc__) as parser:
+        parser.parse_args()
+        main()

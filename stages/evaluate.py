@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.calibrator import Calibrator
+from attribution.command import command_line
 from attribution.evaluation import Intervals, Ranks, rank_in_spaces, tabulate
 from attribution.files import atomic_path, read_json, write_json
 from attribution.gallery import Attributions, Gallery
@@ -291,4 +292,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.evaluate", __doc__):
+        main()

@@ -34,6 +34,7 @@ from attribution import backbone_settings, backbones, images, nets, preprocessin
 from attribution.backbone_settings import ReadyFeatures
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.clip_retrieval import check_model, least_cosine, link_features, pictures_of
+from attribution.command import command_line
 from attribution.features import FeatureSet, assemble_feature_set, write_shard
 from attribution.files import atomic_path, content_key, read_json, require_space, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
@@ -303,4 +304,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.featurize", __doc__):
+        main()

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.base_model import BaseSettings, decode_latents, load_base
+from attribution.command import command_line
 from attribution.files import atomic_path, write_json
 from attribution.params import load_params
 from attribution.sampling import Drawing, Sampler, base_stack, draw_latents
@@ -161,4 +162,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.gate", __doc__) as parser:
+        parser.parse_args()
+        main()

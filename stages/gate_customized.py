@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.base_model import BaseSettings
+from attribution.command import command_line
 from attribution.concepts import Concept, read_concepts
 from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, write_json
@@ -192,4 +193,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.gate_customized", __doc__) as parser:
+        parser.parse_args()
+        main()

@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
+from attribution.command import command_line
 from attribution.files import atomic_path, require_space, sha256_bytes
 from attribution.images import write_image_table
 from attribution.params import load_params
@@ -115,4 +116,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.render", __doc__) as parser:
+        parser.parse_args()
+        main()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from attribution.base_model import BaseSettings
+from attribution.command import command_line
 from attribution.concepts import read_concepts
 from attribution.files import require_space
 from attribution.images import read_image_table, write_image_table
@@ -95,4 +96,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.ship_synthesized", __doc__) as parser:
+        parser.parse_args()
+        main()

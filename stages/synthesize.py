@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attribution.base_model import BaseSettings
+from attribution.command import command_line
 from attribution.concepts import read_concepts
 from attribution.params import load_params
 from stages.image_requests import Params, choose, read_prompts
@@ -122,4 +123,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.synthesize", __doc__) as parser:
+        parser.parse_args()
+        main()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from attribution.command import command_line
 from attribution.features import FeatureSet
 from attribution.files import atomic_path
 from attribution.mapper import Kind, Mapper, apply_head, whitening
@@ -356,4 +357,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.train_mapper", __doc__):
+        main()

@@ -14,6 +14,7 @@ import pytest
 
 from attribution.command import command_line, in_a_line
 from attribution.files import DiskFullError, read_json
+from tests.test_architecture import stage_definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,3 +84,10 @@ def test_a_stage_without_arguments_does_not_run_on_any(tmp_path: Path, arguments
     assert ("Cost: CPU time" in done.stdout) == (arguments == ["--help"])
     assert "usage: python -m stages.import_data" in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "stage", [name for name, one in stage_definitions().items() if not one.get("frozen")]
+)
+def test_every_stage_of_the_graph_has_such_a_command_line(stage: str) -> None:
+    assert f'with command_line("stages.{stage}", __doc__)' in (ROOT / "stages" / f"{stage}.py").read_text()
