@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from attribution.command import command_line
 from attribution.files import atomic_path
 from attribution.params import load_params
 from benchmarks.rates import RATES, Rate, read
@@ -153,4 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("benchmarks.costs", __doc__):
+        main()
