@@ -10,7 +10,8 @@ there: CUDA tensors, `attribution.similarity_cuda.Gallery`) the same answers com
 arrays do not fit together, ValueError or TypeError says which and how.
 
 A gallery that is asked often can be compressed once: every function here takes `compress(gallery)` in the
-gallery's place, reads half the bytes that bfloat16 has, and answers with the same bits.
+gallery's place, reads half the bytes that bfloat16 has (for up to 4 queries a third), and answers with the
+same bits.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jaxtyping import Float32, Int64
 
 from attribution import similarity_arrays as arrays
 from attribution import similarity_reference as reference
-from attribution.similarity_arrays import CompressedGallery
+from attribution.similarity_arrays import Codes, CompressedGallery
 
 __all__ = [
     "Attribution",
@@ -173,9 +174,10 @@ def compress(gallery: Any, *, threads: int | None = None) -> CompressedGallery:
     |q . x - (q . center + step_q step_x code_q . code_x)| <= |q| residual_x + |e_q| norm_x + roundings,
 
     by Cauchy and Schwarz, row by row. What may reach the cut by this bound is scored from the gallery itself,
-    which is kept, read where it lies, and must not change. Codes take dim, in whole cache lines, + 12 bytes a
-    row, and hold for any scale and offset. Where they say too little (rows with outliers, thresholds amid the
-    bulk of the scores, b = 0), the gallery is read as if it had none. ValueError names a row with NaN or inf.
+    which is kept, read where it lies, and must not change. Codes come twice, with 8 bits and, as sketches for
+    up to 4 queries, with 5: together dim * 13 / 8, in whole cache lines, + 24 bytes a row, for any scale and
+    offset. Where they say too little (rows with outliers, thresholds amid the bulk of the scores, b = 0), the
+    gallery is read as if it had none. ValueError names a row with NaN or inf.
     """
     if isinstance(gallery, CompressedGallery):
         return gallery
@@ -185,10 +187,11 @@ def compress(gallery: Any, *, threads: int | None = None) -> CompressedGallery:
         if view.shape[1] != views[0].shape[1]:
             raise ValueError(f"{name}: wanted dim {views[0].shape[1]} as shard 0 has, got {list(view.shape)}")
     center = arrays.center_of(views, storage)
-    codes = arrays.room_for_codes(sum(len(view) for view in views), len(center))
+    rows = sum(len(view) for view in views)
+    room = arrays.room_for_codes(rows, len(center))
     threads = _positive(threads_allowed() if threads is None else threads, "threads")
-    steps, residuals, norms = load_extension().compress(views, storage, center, codes, threads)
-    return CompressedGallery(gallery, center, codes, steps, residuals, norms)
+    codes, sketches = load_extension().compress(views, storage, center, *room, threads)
+    return CompressedGallery(gallery, center, Codes(*codes), Codes(*sketches))
 
 
 def check_settings(k: int, inv_tau: float, b: float) -> int:
@@ -238,7 +241,7 @@ class Call:
         inputs, codes = self.inputs, None
         if inputs.compressed is not None:
             held = inputs.compressed
-            codes = (held.center, held.codes, held.steps, held.residuals, held.norms)
+            codes = (held.center, held.codes.arrays, held.sketches.arrays)
         return list(inputs.shards), inputs.storage, inputs.queries, inputs.offset, inputs.scale, codes
 
     def limits(self) -> tuple[int, int, int]:

@@ -13,26 +13,45 @@ CENTER_ROWS = 1024  # whose median is the center of a compressed gallery
 
 
 @dataclass(frozen=True)
-class CompressedGallery:
-    """A gallery with one byte beside each value, which filters; `attribution.similarity.compress` makes it.
+class Codes:
+    """Rows of a gallery less its center, rounded, each in its own scale.
 
-    Value d of row i is nearly center[d] + steps[i] * (codes[i, d] - 128). residuals[i] is at least the length
-    of what is missing, norms[i] at least that of row i less the center: they bound the error of every score.
-    Answers come from `gallery`, read where it lies.
+    residuals[i] is at least the length of what is missing of row i, norms[i] at least that of row i less the
+    center: they bound the error of every score.
     """
 
-    gallery: Any  # as compress() was given it
-    center: Float32[np.ndarray, " dim"]
-    codes: UInt8[np.ndarray, "gallery padded_dim"]  # rows are whole cache lines, 128 beyond dim
+    values: UInt8[np.ndarray, "gallery bytes"]
     steps: Float32[np.ndarray, " gallery"]
     residuals: Float32[np.ndarray, " gallery"]
     norms: Float32[np.ndarray, " gallery"]
 
     @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """As the extension takes them."""
+        return self.values, self.steps, self.residuals, self.norms
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(frozen=True)
+class CompressedGallery:
+    """A gallery with codes beside its values, which filter; `attribution.similarity.compress` makes it.
+
+    Codes have eight bits, sketches five. Answers come from `gallery`, read where it lies.
+    """
+
+    gallery: Any  # as compress() was given it
+    center: Float32[np.ndarray, " dim"]
+    codes: Codes  # value d of row i is nearly center[d] + steps[i] * (values[i, d] - 128)
+    sketches: Codes  # steps[i] * (value - 15.5); packed as csrc/contract.h says
+
+    @property
     def nbytes(self) -> int:
         """What this holds beside the gallery itself."""
-        own = (self.center, self.codes, self.steps, self.residuals, self.norms)
-        return sum(array.nbytes for array in own)
+        return self.center.nbytes + self.codes.nbytes + self.sketches.nbytes
 
 
 @dataclass(frozen=True)
@@ -70,10 +89,8 @@ def open_inputs(queries: Any, gallery: Any, scale: Any, offset: Any) -> Inputs:
     offset_values = None if offset is None else _vector(offset, "offset", query_values.shape[0], "queries")
     if offset_values is not None:
         _require_finite(offset_values[:, None], "offset")
-    if compressed is not None and len(compressed.codes) != rows:
-        raise ValueError(
-            f"gallery: compressed with {len(compressed.codes)} rows but has {rows}; do: compress it again"
-        )
+    if compressed is not None and (held := len(compressed.codes.values)) != rows:
+        raise ValueError(f"gallery: compressed with {held} rows but has {rows}; do: compress it again")
     return Inputs(query_values, tuple(shards.values()), storage, scale_values, offset_values, compressed)
 
 
@@ -86,14 +103,17 @@ def center_of(shards: Sequence[np.ndarray], storage: str) -> Float32[np.ndarray,
     return np.median(some, axis=0).astype(np.float32) if len(some) else np.zeros(some.shape[1], np.float32)
 
 
-def room_for_codes(rows: int, dim: int) -> UInt8[np.ndarray, "rows padded_dim"]:
-    """Rows that begin at multiples of 64 bytes."""
+def room_for_codes(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Room for codes, in whole cache lines, and for sketches; both begin where such a line does."""
     if dim > CODED_DIM:
         raise ValueError(f"gallery: wanted dim <= {CODED_DIM} to compress, got {dim}")
-    padded = -(-dim // 64) * 64
-    room = np.empty(rows * padded + 64, np.uint8)
-    begin = -room.ctypes.data % 64
-    return room[begin : begin + rows * padded].reshape(rows, padded)
+
+    def aligned(row_bytes: int) -> UInt8[np.ndarray, "rows bytes"]:
+        room = np.empty(rows * row_bytes + 64, np.uint8)
+        begin = -room.ctypes.data % 64
+        return room[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
+
+    return aligned(-(-dim // 64) * 64), aligned(-(-dim // 128) * 80)
 
 
 def as_float32(values: np.ndarray, storage: str) -> np.ndarray:

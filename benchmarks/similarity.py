@@ -38,7 +38,7 @@ def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
 
 def fraction_of_limit(method: Method, limits: dict[str, float], threads: int, row: dict) -> dict:
     """The limit divided by the time taken, by the clock on the wall and by that of the processors."""
-    gigabytes = row["rows"] * row["dim"] * method.bytes_per_value / 1e9
+    gigabytes = row["rows"] * row["dim"] * row["bytes_per_value"] / 1e9
     peak = limits[f"{method.arithmetic}_gmacs"] or limits["float32_gmacs"]
     arithmetic = row["rows"] * row["dim"] * row["queries"] / 1e9 / peak if peak else 0.0
     memory, memory_all = gigabytes / row["read_gb"], gigabytes / row["read_gb_all_threads"]
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             found, reading = measure_case(options, limits, chosen, searches, all_queries[:count], k)
             for method in chosen:
                 row = found[method.name] | case | reading
-                row |= {"influence": method.influence, "bytes_per_value": method.bytes_per_value}
+                row |= {"influence": method.influence, "bytes_per_value": method.bytes_read(count)}
                 row |= {"method": method.name, "preparation_seconds": preparation[method.name]}
                 rows.append(row | fraction_of_limit(method, peaks, limits.threads, row))
             print_case(rows[-len(chosen) :])

@@ -23,7 +23,7 @@ Storage storage_of(const std::string& name) {
 }  // namespace
 
 Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_t dim, const std::optional<FloatArray>& scale,
-                   const CodeArrays& code_arrays) {
+                   const CompressedArrays& compressed) {
   const Storage storage = storage_of(storage_name);
   std::vector<Shard> views;
   int64_t rows = 0;
@@ -32,20 +32,26 @@ Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_
     require(shard.itemsize() == bytes_of(storage), "gallery: item size differs from the storage type's");
     require(dim <= 1 || shard.shape(0) == 0 || shard.strides(1) == shard.itemsize(), "gallery: wanted unit stride along dim");
     views.push_back({static_cast<const unsigned char*>(shard.data()), shard.shape(0), shard.strides(0),
-                     scale ? scale->data() + rows : nullptr, {}});
+                     scale ? scale->data() + rows : nullptr, {}, {}});
     rows += shard.shape(0);
   }
   require(!scale || (scale->ndim() == 1 && scale->shape(0) == rows), "scale: wanted one value per gallery row");
-  if (!code_arrays) return Gallery(storage, int(dim), std::move(views));
-  const auto& [center, codes, step, residual, norm] = *code_arrays;
-  require(center.size() == dim && dim <= most_coded_dim && codes.ndim() == 2 && codes.shape(0) == rows &&
-              codes.shape(1) == code_bytes(int(dim)) && step.size() == rows && residual.size() == rows && norm.size() == rows,
-          "codes: they are of another gallery");
-  rows = 0;
-  for (Shard& view : views) {
-    view.coded = {codes.data() + rows * codes.shape(1), step.data() + rows, residual.data() + rows, norm.data() + rows};
-    rows += view.rows;
-  }
+  if (!compressed) return Gallery(storage, int(dim), std::move(views));
+  const auto& [center, coded, sketched] = *compressed;
+  require(center.size() == dim && dim <= most_coded_dim, "codes: they are of another gallery");
+  const auto add = [&](const CodeArrays& arrays, int64_t bytes, Codes Shard::*which) {
+    const auto& [codes, step, residual, norm] = arrays;
+    require(codes.ndim() == 2 && codes.shape(0) == rows && codes.shape(1) == bytes && step.size() == rows &&
+                residual.size() == rows && norm.size() == rows,
+            "codes: they are of another gallery");
+    int64_t row = 0;
+    for (Shard& view : views) {
+      view.*which = {codes.data() + row * bytes, step.data() + row, residual.data() + row, norm.data() + row};
+      row += view.rows;
+    }
+  };
+  add(coded, code_bytes(int(dim)), &Shard::coded);
+  add(sketched, sketch_bytes(int(dim)), &Shard::sketched);
   return Gallery(storage, int(dim), std::move(views), center.data());
 }
 
@@ -59,7 +65,7 @@ namespace {
 
 py::tuple retrieve_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                           const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                          const CodeArrays& codes, int64_t k, std::optional<double> inv_tau, double b, int threads,
+                          const CompressedArrays& codes, int64_t k, std::optional<double> inv_tau, double b, int threads,
                           int64_t window, int64_t query_batch) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
@@ -80,7 +86,7 @@ py::tuple retrieve_arrays(const Shards& shards, const std::string& storage, cons
 
 IntArray count_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                       const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                      const CodeArrays& codes, const DoubleArray& thresholds, bool or_equal, int threads, int64_t query_batch) {
+                      const CompressedArrays& codes, const DoubleArray& thresholds, bool or_equal, int threads, int64_t query_batch) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(thresholds.ndim() == 2 && thresholds.shape(0) == view.count, "thresholds: wanted [queries, thresholds]");
@@ -95,7 +101,7 @@ IntArray count_arrays(const Shards& shards, const std::string& storage, const Fl
 
 FloatArray score_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                         const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                        const CodeArrays& codes, const IntArray& ids) {
+                        const CompressedArrays& codes, const IntArray& ids) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(ids.ndim() == 2 && ids.shape(0) == view.count, "ids: wanted [queries, ids]");
@@ -108,27 +114,46 @@ FloatArray score_arrays(const Shards& shards, const std::string& storage, const 
 }
 
 py::tuple compress_arrays(const Shards& shards, const std::string& storage, const FloatArray& center, ByteArray codes,
-                          int threads) {
+                          ByteArray sketches, int threads) {
   const Gallery gallery = gallery_of(shards, storage, center.size(), std::nullopt, std::nullopt);
-  require(center.size() >= 1 && center.size() <= most_coded_dim && codes.ndim() == 2 && codes.shape(0) == gallery.rows() &&
-              codes.shape(1) == code_bytes(gallery.dim) && threads >= 1,
-          "codes: wanted [rows, dim in whole cache lines]");
-  const std::vector<py::ssize_t> line{py::ssize_t(gallery.rows())};
-  FloatArray step(line), residual(line), norm(line);
-  const CodesOut out{codes.mutable_data(), step.mutable_data(), residual.mutable_data(), norm.mutable_data()};
-  without_gil([&](const Interrupt& interrupted) { compress(gallery, center.data(), threads, interrupted, out); });
-  return py::make_tuple(step, residual, norm);
+  require(center.size() >= 1 && center.size() <= most_coded_dim && threads >= 1, "codes: dim or threads out of range");
+  const auto room = [&](ByteArray& bytes, int64_t each) {
+    require(bytes.ndim() == 2 && bytes.shape(0) == gallery.rows() && bytes.shape(1) == each,
+            "codes: wanted [rows, dim in whole cache lines]");
+    const py::ssize_t rows = py::ssize_t(gallery.rows());
+    return CodeArrays(bytes, FloatArray(rows), FloatArray(rows), FloatArray(rows));
+  };
+  CodeArrays coded = room(codes, code_bytes(gallery.dim)), sketched = room(sketches, sketch_bytes(gallery.dim));
+  const auto out = [](CodeArrays& arrays) {
+    auto& [bytes, step, residual, norm] = arrays;
+    return CodesOut{bytes.mutable_data(), step.mutable_data(), residual.mutable_data(), norm.mutable_data()};
+  };
+  const CodesOut to_codes = out(coded), to_sketches = out(sketched);
+  without_gil([&](const Interrupt& interrupted) {
+    compress(gallery, center.data(), threads, interrupted, to_codes, to_sketches);
+  });
+  return py::make_tuple(coded, sketched);
 }
 
 py::tuple coded_score_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                              const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                             const CodeArrays& codes) {
+                             const CompressedArrays& codes) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   const std::vector<py::ssize_t> table{view.count, py::ssize_t(gallery.rows())};
   FloatArray scores(table), errors(table);
   coded_scores(gallery, view, scores.mutable_data(), errors.mutable_data());
   return py::make_tuple(scores, errors);
+}
+
+FloatArray sketched_bound_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
+                                 const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
+                                 const CompressedArrays& codes) {
+  const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
+  const Queries view = queries_of(queries, offset);
+  FloatArray bounds(std::vector<py::ssize_t>{view.count, py::ssize_t(gallery.rows())});
+  sketched_bounds(gallery, view, bounds.mutable_data());
+  return bounds;
 }
 
 }  // namespace
@@ -142,6 +167,7 @@ PYBIND11_MODULE(attribution_extension, module) {
   module.def("instruction_sets", runnable_instruction_sets);
   module.def("compress", compress_arrays);
   module.def("coded_scores", coded_score_arrays);
+  module.def("sketched_bounds", sketched_bound_arrays);
   module.def("retrieve", retrieve_arrays);
   module.def("count_larger", count_arrays);
   module.def("canonical_scores", score_arrays);

@@ -25,11 +25,13 @@ using Shards = std::vector<py::array>;
 
 void require(bool condition, const char* message);
 // Views; the arrays must outlive them.
-// codes: of a compressed gallery: center [dim], codes [rows, code_bytes], step, residual, norm [rows].
+// codes: of a compressed gallery: center [dim], then twice, for codes and for sketches: [rows, bytes], and step, residual, norm
+// [rows].
 using ByteArray = py::array_t<uint8_t, py::array::c_style>;
-using CodeArrays = std::optional<std::tuple<FloatArray, ByteArray, FloatArray, FloatArray, FloatArray>>;
+using CodeArrays = std::tuple<ByteArray, FloatArray, FloatArray, FloatArray>;
+using CompressedArrays = std::optional<std::tuple<FloatArray, CodeArrays, CodeArrays>>;
 Gallery gallery_of(const Shards& shards, const std::string& storage, int64_t dim, const std::optional<FloatArray>& scale,
-                   const CodeArrays& codes);
+                   const CompressedArrays& codes);
 Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& offset);
 
 // Runs without the GIL. Ctrl-C is noticed between blocks, by the calling thread.

@@ -62,7 +62,7 @@ Part part_of(const py::tuple& arrays) {
 
 py::tuple retrieve_part_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                                const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                               const CodeArrays& codes, int64_t k, double inv_tau, double b, int threads, int64_t window, int64_t query_batch, int64_t first_row) {
+                               const CompressedArrays& codes, int64_t k, double inv_tau, double b, int threads, int64_t window, int64_t query_batch, int64_t first_row) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(k >= 1 && threads >= 1 && window >= 0 && query_batch >= 1, "k, threads, window, query_batch: out of range");
@@ -90,7 +90,7 @@ py::tuple merge_arrays(const std::vector<py::tuple>& parts, int64_t k, double in
 // For the queries that need it: count, and the sum as high * 2^64 + low.
 py::tuple weigh_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
                        const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                       const CodeArrays& codes, double inv_tau, double b, const FloatArray& best, const BoolArray& which, int threads, int64_t query_batch) {
+                       const CompressedArrays& codes, double inv_tau, double b, const FloatArray& best, const BoolArray& which, int threads, int64_t query_batch) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(best.size() == view.count && which.size() == view.count, "best, which: wanted one value per query");

@@ -5,7 +5,8 @@
 
 namespace attribution {
 
-void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& out) {
+void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& codes,
+              const CodesOut& sketches) {
   Team team(int(std::max<int64_t>(1, std::min<int64_t>(threads, gallery.blocks()))));
   const InstructionSet& set = *choose_instruction_set();
   std::vector<double> middle(size_t(padded_dim(gallery.dim)), 0.0);
@@ -18,8 +19,11 @@ void compress(const Gallery& gallery, const float* center, int threads, const In
     for (int64_t index, taken = 0; !stop && (index = next.fetch_add(1)) < gallery.blocks(); ++taken) {
       const Block block = gallery.block(index);
       const int64_t at = block.first_row;
+      const auto from = [at](const CodesOut& out, int64_t bytes) {
+        return CodesOut{out.codes + at * bytes, out.step + at, out.residual + at, out.norm + at};
+      };
       const int done = set.encode(block, gallery.storage, middle.data(), gallery.dim, scratch.data(),
-                                  out.codes + at * code_bytes(gallery.dim), out.step + at, out.residual + at, out.norm + at);
+                                  from(codes, code_bytes(gallery.dim)), from(sketches, sketch_bytes(gallery.dim)));
       if (done < block.count) {
         // Blocks are begun in order and finished once begun: the lowest row found is the first there is.
         int64_t lowest = refused;
@@ -65,6 +69,22 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
         scores[q * gallery.rows() + item.row] = item.score;
         errors[q * gallery.rows() + item.row] = item.error;
       }
+  }
+}
+
+void sketched_bounds(const Gallery& gallery, const Queries& queries, float* bounds) {
+  const InstructionSet& set = *choose_instruction_set();
+  std::fill(bounds, bounds + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
+  if (queries.count == 0 || !Sieve::has(set, gallery, queries.count)) return;
+  std::vector<int64_t> rows(size_t(queries.count));
+  std::iota(rows.begin(), rows.end(), 0);
+  const Sieve sieve(set, gallery, queries.values, rows, queries.offset);
+  std::vector<float> block_bounds(size_t(queries.count) * block_rows);
+  for (int64_t index = 0; index < gallery.blocks(); ++index) {
+    const Block block = gallery.sketched_block(index);
+    sieve.bound(block, block_bounds.data(), block_rows);
+    for (int64_t q = 0; q < queries.count; ++q)
+      std::copy_n(block_bounds.data() + q * block_rows, block.count, bounds + q * gallery.rows() + block.first_row);
   }
 }
 

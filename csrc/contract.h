@@ -27,10 +27,15 @@ static inline int64_t padded_dim(int dim) { return (int64_t(dim) + 7) / 8 * 8; }
 static inline int64_t code_bytes(int dim) { return (int64_t(dim) + 63) / 64 * 64; }
 static constexpr int most_coded_dim = 65536;  // of sums of their products in 32 bits
 
+// The sketch of a row, five bits for each value. For every 128 of them come 64 bytes, the lower halves of which hold the lower
+// four bits of the first 64 values, the upper halves those of the others; then, for every 128, 128 fifth bits.
+static inline int64_t sketch_groups(int dim) { return (int64_t(dim) + 127) / 128; }
+static inline int64_t sketch_bytes(int dim) { return sketch_groups(dim) * 80; }
+
 // What a compressed gallery holds of some rows. Value d of a row is, as the kernel for codes reads it,
-// center[d] + step * (code[d] - 128).
+// center[d] + step * (code[d] - 128); of sketches, center[d] + step * (code[d] - 15.5).
 struct Codes {
-  const unsigned char* codes;  // [rows][code_bytes]; 128 after dim
+  const unsigned char* codes;  // [rows][code_bytes], 128 after dim; or [rows][sketch_bytes]
   const float* step;           // [rows]
   const float* residual;       // [rows], >= |x - x as the kernel reads it|
   const float* norm;           // [rows], >= |x - center| and >= |x as the kernel reads it - center|
@@ -47,6 +52,23 @@ struct Block {
 
   const float* row_scale(int row) const { return scale ? scale + row : nullptr; }
 };
+
+// Where to write it.
+struct CodesOut {
+  unsigned char* codes;
+  float* step;
+  float* residual;
+  float* norm;
+};
+
+// Of a query whose scores are bounded by sketches: its step; and what is added to every row's score, and to it for each unit
+// of the row's residual and of its norm.
+struct SketchedQuery {
+  float step, offset, per_residual, per_norm;
+};
+static constexpr int most_sketched = 4;  // queries
+// Norms and scales beyond this might lead out of the range of float.
+static constexpr float plain_limit = 0x1p30f;
 
 struct Candidate {
   int64_t row;
@@ -115,10 +137,20 @@ struct InstructionSet {
   const Kernels* (*kernels)(Storage storage, int queries, bool precise);
   // The kernel that reads codes, or null where it would not be faster.
   const Kernels* (*coded_kernels)(int queries);
-  // rows of values -> all of what Codes holds, written through its pointers; center, scratch: [padded_dim]. Returns
-  // the first row that is not finite, or block.count.
-  int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, unsigned char* codes,
-                float* step, float* residual, float* norm);
+  // The kernel that reads sketches, or nulls. query: [dim] -> panel: [sketched_bytes], step, and shift, the length of what
+  // the panel misses.
+  int64_t (*sketched_bytes)(int dim);
+  void (*sketch_query)(const float* query, int dim, unsigned char* panel, float* step, float* shift);
+  // panels: [count][sketched_bytes] -> bounds: [count], `stride` apart, of [block_rows], which no score exceeds; infinite
+  // where a row's numbers are extreme.
+  void (*sketched_bounds)(const Block& block, const unsigned char* panels, const SketchedQuery* queries, int count, int dim,
+                          float* bounds, int64_t stride);
+  // bits: of [block_rows] bounds those that are at least as large as a cut, or NaN, are added
+  void (*add_reaching)(const float* bounds, float cut, uint32_t* bits);
+  // rows of values -> their codes and sketches; center, scratch: [padded_dim]. Returns the first row that is not finite,
+  // or block.count.
+  int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, CodesOut codes,
+                CodesOut sketches);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);

@@ -13,7 +13,7 @@ struct Shard {
   int64_t rows;
   int64_t stride;      // bytes from row to row
   const float* scale;  // [rows] or null
-  Codes coded;         // of a compressed gallery; or nulls
+  Codes coded, sketched;  // of a compressed gallery; or nulls
 };
 
 class Gallery {
@@ -35,16 +35,14 @@ class Gallery {
     return slice(s, (index - first_block_[s]) * block_rows, block_rows);
   }
 
-  // The codes of the same rows.
-  Block coded_block(int64_t index) const {
-    const size_t s = holder(first_block_, index);
-    const int64_t begin = (index - first_block_[s]) * block_rows, bytes = code_bytes(dim);
-    const Codes& all = shards_[s].coded;
-    Block block = slice(s, begin, block_rows);
-    block.coded = Codes{all.codes + begin * bytes, all.step + begin, all.residual + begin, all.norm + begin};
-    block.rows = block.coded.codes;
-    block.stride = bytes;
-    return block;
+  // The codes of the same rows; and their sketches.
+  Block coded_block(int64_t index) const { return compressed_block(index, &Shard::coded, code_bytes(dim)); }
+  Block sketched_block(int64_t index) const { return compressed_block(index, &Shard::sketched, sketch_bytes(dim)); }
+
+  // The block of row `index` alone.
+  Block single_row(int64_t index) const {
+    const size_t s = holder(first_row_, index);
+    return slice(s, index - first_row_[s], 1);
   }
 
   // Row `index` of the whole gallery.
@@ -66,6 +64,17 @@ class Gallery {
   // Empty shards begin where the next one does: the last that begins at or before `index` is the one that holds it.
   static size_t holder(const std::vector<int64_t>& first, int64_t index) {
     return size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
+  }
+
+  Block compressed_block(int64_t index, Codes Shard::*which, int64_t bytes) const {
+    const size_t s = holder(first_block_, index);
+    const int64_t begin = (index - first_block_[s]) * block_rows;
+    const Codes& all = shards_[s].*which;
+    Block block = slice(s, begin, block_rows);
+    block.coded = Codes{all.codes + begin * bytes, all.step + begin, all.residual + begin, all.norm + begin};
+    block.rows = block.coded.codes;
+    block.stride = bytes;
+    return block;
   }
 
   Block slice(size_t s, int64_t begin, int64_t most) const {

@@ -36,11 +36,14 @@ struct Filters {
       : values(*run.set, gallery, queries.values, rows, queries.offset) {
     if (Batch::has_codes(*run.set, gallery, values.count))
       codes.emplace(*run.set, gallery, queries.values, rows, queries.offset, Filter::codes);
+    if (codes && Sieve::has(*run.set, gallery, values.count))
+      sieve.emplace(*run.set, gallery, queries.values, rows, queries.offset);
   }
   const Batch* of_codes() const { return codes ? &*codes : nullptr; }
 
   Batch values;
   std::optional<Batch> codes;
+  std::optional<Sieve> sieve;
 };
 
 // The first walk, of one batch.
@@ -56,7 +59,7 @@ void gather(const Run& run, const Filters& filters, const Request& request, int6
     tally = [&](int member, int q, const float* scores, int64_t count) {
       sums[size_t(member)][size_t(q)].add(*run.set, scores, count, request.calibration->inv_tau);
     };
-  Scan scan(run, batch, filters.of_codes());
+  Scan scan(run, batch, filters.of_codes(), filters.sieve && !softmax ? &*filters.sieve : nullptr);
   scan.select(cut, selection.keep(), fresh, 2 * top,
               [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); }, tally);
 
@@ -90,7 +93,7 @@ std::vector<Mass> weigh_batch(const Run& run, const Filters& filters, const Cali
     std::transform(items, items + count, scores, [](const Candidate& item) { return item.score; });
     masses[size_t(member)][size_t(q)].add(*run.set, calibration, scores, count, best[size_t(q)]);
   };
-  Scan(run, filters.values, filters.of_codes()).visit(cut, visit, tally);
+  Scan(run, filters.values, filters.of_codes(), nullptr).visit(cut, visit, tally);
   for (size_t member = 1; member < masses.size(); ++member)
     for (size_t q = 0; q < best.size(); ++q) masses[0][q].add(masses[member][q]);
   return masses[0];
@@ -192,11 +195,11 @@ void count_larger(const Gallery& gallery, const Queries& queries, const double* 
     // Levels amid the bulk of the scores leave the half-precision filter unsure so often that float32 is faster.
     const Filters filters(run, gallery, queries, rows);
     current = &filters.values;
-    const int64_t block = Scan(run, filters.values, filters.of_codes()).count(levels, count, certain, settle, 0, 0.004);
+    const int64_t block = Scan(run, filters.values, filters.of_codes(), nullptr).count(levels, count, certain, settle, 0, 0.004);
     if (block < gallery.blocks()) {
       const Batch precise(*run.set, gallery, queries.values, rows, queries.offset, Filter::precise);
       current = &precise;
-      Scan(run, precise, nullptr).count(levels, count, certain, settle, block, 1.0);
+      Scan(run, precise, nullptr, nullptr).count(levels, count, certain, settle, block, 1.0);
     }
     for (size_t i = 0; i < size; ++i) {
       larger[rows[0] * count + int64_t(i)] = certain[i];

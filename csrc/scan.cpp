@@ -1,10 +1,8 @@
-#include "scan.h"
-
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <optional>
+
+#include "scan_member.h"
 
 namespace attribution {
 namespace {
@@ -41,64 +39,28 @@ bool finite_row(const unsigned char* row, Storage storage, int dim) {
 
 }  // namespace
 
-Scan::Scan(const Run& run, const Batch& batch, const Batch* codes)
-    : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes) {
+Scan::Scan(const Run& run, const Batch& batch, const Batch* codes, const Sieve* sieve)
+    : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes), sieve_(sieve) {
   const char* variable = std::getenv("ATTRIBUTION_CODES");
   always_codes_ = variable != nullptr && std::strcmp(variable, "always") == 0;
-  const int64_t row_bytes = codes ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
+  const int64_t row_bytes = sieve ? sketch_bytes(gallery_.dim) : codes ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
   longest_turn_ = std::max<int64_t>(1, turn_bytes / (block_rows * row_bytes));
 }
 
 float Scan::low(double threshold, float error) { return below(threshold - double(error)); }
 float Scan::high(double threshold, float error) { return -below(-(threshold + double(error))); }
 
-// The dots and the scores of one block and a group of queries.
-constexpr int64_t dense_values = int64_t(Batch::dense_group) * block_rows;
-constexpr int64_t dense_bytes = dense_values * 12;
-
-// What a thread needs for one filter.
-struct Scan::Side {
-  Side(const Batch& batch, int thresholds)
-      : batch(&batch),
-        scratch(batch.kernels.scratch_bytes(batch.gallery.storage, batch.gallery.dim)),
-        threshold(size_t(batch.padded), infinity),
-        error(size_t(batch.padded), 0.0f),
-        low(size_t(thresholds * batch.padded), infinity),
-        high(size_t(thresholds * batch.padded), infinity) {}
-
-  const Batch* batch;
-  AlignedBytes scratch;
-  std::vector<float> threshold, error, low, high;
-  bool stale = true;  // the cuts have moved since `threshold` was made
-  float norm = -1, scale = -1, shift = -1;
-};
-
-// One thread's own memory.
-struct Scan::Member {
-  Member(const Scan& scan, int id, int thresholds)
-      : id(id), values(scan.batch_, thresholds), larger(size_t(thresholds * scan.batch_.padded), 0) {
-    if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);
-  }
-
-  int id;
-  Side values;
-  std::optional<Side> codes;
-  std::vector<uint32_t> larger;
-  std::vector<Candidate> buffer;  // [group][block_rows], when visiting
-  std::vector<uint32_t> fill;     // [group]
-  int64_t visited = 0;            // by the filter of values
-  int base = 0;
-  AlignedBytes dense{0};  // scratch for densely()
-  int dense_blocks = 0;   // how many more to score whole
-  int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time
-};
-
 std::vector<Scan::Member> Scan::members(int thresholds) {
   std::vector<Member> all;
   for (int id = 0; id < run_.team->size(); ++id) {
     all.emplace_back(*this, id, thresholds);
     if (tally_ != nullptr) all.back().dense = AlignedBytes(run_.set->canonical_scratch_bytes(gallery_.dim) + dense_bytes);
-    if (visit_ == nullptr) continue;
+    if (sieve_ != nullptr) {
+      all.back().promising.resize(size_t(batch_.count));
+      all.back().promise.assign(size_t(batch_.count), -infinity);
+      all.back().codes_of_passed = AlignedBytes(block_rows * code_bytes(gallery_.dim));
+    }
+    if (visit_ == nullptr && sieve_ == nullptr) continue;
     const int group = batch_.kernels.group(batch_.count);
     all.back().buffer.resize(size_t(group * block_rows));
     all.back().fill.assign(size_t(group), 0);
@@ -207,12 +169,13 @@ void Scan::set_thresholds(Prepared& prepared, Side& side) const {
 }
 
 // Candidates of one block and the group of queries that begins at `first`. Returns how many there are.
-int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member) {
+int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member, bool own) {
   const Batch& batch = *side.batch;
   Emission to{side.threshold.data(), side.error.data(), batch.offset.empty() ? nullptr : batch.offset.data(),
               buffer_.get(), capacity_, fill_.data(), 0, high_water_, &full_, prepared.shift ? batch.weight.data() : nullptr};
-  if (visit_ != nullptr) {
+  if (own) {
     to.buffer = member.buffer.data();
+    to.capacity = block_rows;
     to.fill = member.fill.data();
     to.base = first;
     to.full = nullptr;
@@ -245,7 +208,7 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   set_thresholds(prepared, side);
   for (int first = 0; first < batch_.count;) {
     const int some = std::min(batch_.kernels.group(batch_.count - first), batch_.count - first);
-    const int64_t found = propose(prepared, first, side, member);
+    const int64_t found = propose(prepared, first, side, member, visit_ != nullptr);
     hand_over(member, first, some);
     first += some;
     // A candidate costs what codes save on so many products, and less is saved where more queries share a row's bytes.
@@ -278,7 +241,7 @@ void Scan::take(int64_t index, int64_t following, Member& member) {
   set_thresholds(prepared, member.values);
   int64_t found = 0;
   for (; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
-    const int64_t some = propose(prepared, first, member.values, member);
+    const int64_t some = propose(prepared, first, member.values, member, visit_ != nullptr);
     found += some;
     if (visit_ != nullptr) member.visited += some;
     hand_over(member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
@@ -296,15 +259,12 @@ bool Scan::time_to_ask() {
   return true;
 }
 
-// Blocks from begin on, up to end or until a buffer is full; `next` is left at the first block that nobody took.
-void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next) {
+// Blocks from begin on, up to end or until a buffer is full; `next` is left at the first block that nobody took. take: of a
+// block and the one that the same thread will probably take next; done: after each turn.
+void Scan::take_turns(int64_t begin, int64_t end, std::atomic<int64_t>& next, const Take& take, const Done& done) {
   next = begin;
   full_ = 0;
   bool interrupted = false;
-  for (Member& member : members) {
-    member.values.stale = true;
-    if (member.codes) member.codes->stale = true;
-  }
   run_.team->run([&](int id) {
     while (!stop_ && __atomic_load_n(&full_, __ATOMIC_SEQ_CST) == 0) {
       int64_t index = next, turn;
@@ -312,14 +272,23 @@ void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std
       while (index < end && !next.compare_exchange_weak(index, index + turn));
       if (index >= end) break;
       for (const int64_t after = index + turn; index < after; ++index) {
-        take(index, index + 1 < after ? index + 1 : index + 1 + (run_.team->size() - 1) * turn, members[size_t(id)]);
+        take(id, index, index + 1 < after ? index + 1 : index + 1 + (run_.team->size() - 1) * turn);
         if (id == 0 && ++taken_ % 8 == 0 && time_to_ask() && run_.interrupted()) interrupted = stop_ = true;
       }
+      if (done) done(id);
     }
   });
   if (interrupted) throw Interrupted();
   if (refused_row_ >= 0) throw std::invalid_argument(refusal_);
   if (next > end) next = end;
+}
+
+void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next) {
+  for (Member& member : members) {
+    member.values.stale = true;
+    if (member.codes) member.codes->stale = true;
+  }
+  take_turns(begin, end, next, [&](int id, int64_t index, int64_t following) { take(index, following, members[size_t(id)]); }, nullptr);
 }
 
 void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t first_rows, const Settle& settle,
@@ -334,11 +303,14 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
   std::vector<Member> own = members(0);
   std::atomic<int64_t> next{0};
   int64_t length = (first_rows + block_rows - 1) / block_rows;
+  const std::function<void(int)> settle_query = [&](int q) {
+    fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]);
+  };
+  if (sieve_ != nullptr) sift(own, first_rows, next, settle_query);
   while (next < gallery_.blocks()) {
     stretch(next, std::min(gallery_.blocks(), next + length), own, next);
     // Fewer candidates come from slow growth, fewer pauses of the team from fast growth.
     length = batch_.count >= 16 ? int64_t(next) : 3 * next;
-    auto settle_query = [&](int q) { fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]); };
     if (batch_.count == 1) {
       settle_query(0);
       continue;

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "sieve.h"
 #include "team.h"
 
 namespace attribution {
@@ -36,8 +37,8 @@ struct Run {
 
 class Scan {
  public:
-  // codes: the same queries for the filter of codes, or null
-  Scan(const Run& run, const Batch& batch, const Batch* codes);
+  // codes, sieve: the same queries for the filters of a compressed gallery, or null
+  Scan(const Run& run, const Batch& batch, const Batch* codes, const Sieve* sieve);
 
   // Gets the scores of one query and one block. Called by one member of the team at a time with that member's number.
   using Tally = std::function<void(int member, int query, const float* scores, int64_t count)>;
@@ -72,12 +73,25 @@ class Scan {
  private:
   struct Side;
   struct Member;
+  struct Promising;
+  struct Passed;
+  using Take = std::function<void(int member, int64_t index, int64_t following)>;
+  using Done = std::function<void(int member)>;
+  void take_turns(int64_t begin, int64_t end, std::atomic<int64_t>& next, const Take& take, const Done& done);
   void stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next);
   // following: the block this thread will probably take next
   void take(int64_t index, int64_t following, Member& member);
   int take_codes(int64_t index, int64_t following, Member& member);
+  void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next,
+            const std::function<void(int)>& settle_query);
+  void sketch(int64_t begin, int64_t end, int64_t most_promising, std::vector<Member>& members);
+  void fulfil(int64_t most_promising, std::vector<Member>& members, const std::function<void(int)>& settle_query);
+  bool tells_enough(int64_t begin, int64_t end) const;
+  template <class Work>
+  void for_passing(int64_t begin, int64_t index, const Work& work) const;
+  void look_closer(Member& member);
   void set_thresholds(Prepared& prepared, Side& side) const;
-  int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member);
+  int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member, bool own);
   void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
@@ -90,6 +104,7 @@ class Scan {
   const Gallery& gallery_;
   const Batch& batch_;
   const Batch* codes_;
+  const Sieve* sieve_;
   bool always_codes_;  // even where they cost more than they save
 
   const std::vector<float>* cut_ = nullptr;
@@ -103,6 +118,8 @@ class Scan {
   uint32_t high_water_ = 0;
   std::unique_ptr<Candidate[]> buffer_;
   std::vector<uint32_t> fill_;
+  int64_t sifted_ = 0;               // blocks whose bounds are kept at a time
+  std::unique_ptr<float[]> bounds_;  // [queries][sifted_ * block_rows]
   int full_ = 0;
 
   int64_t taken_ = 0;  // blocks, by the calling thread

@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 
 from attribution import parts, similarity
+from attribution.similarity_arrays import Codes
 from tests import oracle
 from tests.test_similarity import SHARP, assert_same
 from tests.test_similarity_properties import check_against_the_reference, walks, worlds
 
 # The most queries for which each reads codes: beyond, values filter as fast.
 MOST_CODED = {"avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
+# And the most for which each reads sketches.
+MOST_SKETCHED = {"avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
 LANES = {"avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
 ISAS = similarity.load_extension().instruction_sets()
 SETTINGS = (
@@ -121,6 +124,18 @@ def test_rows_whose_codes_say_nothing_fall_back(always: bool, count: int, monkey
             assert_same(want, similarity.attribute(queries, compressed, threads=threads, **chosen))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_more_rows_than_are_sifted_at_a_time(count: int) -> None:
+    rng = np.random.default_rng(11)
+    queries = rng.standard_normal((count, 3)).astype(np.float32)
+    gallery = rng.standard_normal((1_100_000, 3)).astype(np.float16)
+    gallery[[3, 1_060_000, 1_099_999]] = 8 * queries[0]
+    compressed = similarity.compress(gallery)
+    for chosen in ({"k": 10, "inv_tau": 2.0, "b": -0.04}, {"k": 70, "inv_tau": 0.1, "b": -0.9}):
+        want = similarity.attribute(queries, gallery, **chosen)
+        assert_same(want, similarity.attribute(queries, compressed, **chosen))
+
+
 def test_a_window_too_wide_to_keep_gives_the_same_bits(isa: str, monkeypatch) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(5), 6, 4001, 48)
     monkeypatch.setattr(similarity, "WINDOW_CAP", 3)
@@ -175,17 +190,33 @@ def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: i
     scale = rng.uniform(0, 3, rows).astype(np.float32)
     call = similarity.Call(queries, similarity.compress(gallery), scale, offset, "cpu", 1)
     coded, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
-    if count > MOST_CODED[isa]:
-        assert np.isnan(coded).all()
-        return
+    most = similarity.load_extension().sketched_bounds(*call.extension_inputs())
     exact = similarity.canonical_scores(
         queries, gallery, np.tile(np.arange(rows), (count, 1)), scale=scale, offset=offset
     )
-    error = np.abs(coded.astype(np.float64) - exact.astype(np.float64))
-    assert (error <= bounds).all()
-    if kind == "random" and dim >= 64:  # and it is no idle one
-        lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(gallery, axis=1) * scale
-        assert (bounds < 0.025 * lengths.max(axis=1, keepdims=True)).all()
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(gallery, axis=1) * scale
+    telling = kind == "random" and dim >= 64  # where bounds shall be no idle ones
+    if count > MOST_CODED[isa]:
+        assert np.isnan(coded).all()
+    else:
+        error = np.abs(coded.astype(np.float64) - exact.astype(np.float64))
+        assert (error <= bounds).all()
+        assert not telling or (bounds < 0.025 * lengths.max(axis=1, keepdims=True)).all()
+    if count > MOST_SKETCHED[isa]:
+        assert np.isnan(most).all()
+    else:
+        assert (most >= exact).all()
+        assert not telling or (most - exact < 0.16 * lengths.max(axis=1, keepdims=True)).all()
+
+
+def unpacked(compressed: similarity.CompressedGallery, dim: int) -> tuple[Codes, np.ndarray]:
+    """The sketches, and what their bytes say of each value in steps."""
+    held = compressed.sketches
+    groups = -(-dim // 128)
+    nibbles = held.values[:, : groups * 64].reshape(len(held.values), groups, 64)
+    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(len(nibbles), groups * 128)
+    fifth = np.unpackbits(held.values[:, groups * 64 :], axis=1, bitorder="little")
+    return held, (low + 16 * fifth)[:, :dim].astype(np.longdouble) - 15.5
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
@@ -197,16 +228,20 @@ def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
             gallery = np.clip(gallery, -6e4, 6e4).astype(np.float16)
         got = similarity.compress(gallery)
         wide = np.longdouble
-        codes = got.codes[:, :dim].astype(wide) - 128
-        assert (got.codes[:, dim:] == 128).all()
+        assert (got.codes.values[:, dim:] == 128).all()
         centered = gallery.astype(wide) - got.center.astype(wide)
-        kept = got.steps[:, None].astype(wide) * codes
-        assert (got.residuals >= np.sqrt(((centered - kept) ** 2).sum(axis=1))).all()
-        assert (got.norms >= np.sqrt((kept**2).sum(axis=1))).all()
-        assert (got.norms >= np.sqrt((centered**2).sum(axis=1))).all()
+        size = np.sqrt((centered**2).sum(axis=1))
+        for held, codes in ((got.codes, got.codes.values[:, :dim].astype(wide) - 128), unpacked(got, dim)):
+            kept = held.steps[:, None].astype(wide) * codes
+            assert (held.residuals >= np.sqrt(((centered - kept) ** 2).sum(axis=1))).all()
+            assert (held.norms >= np.sqrt((kept**2).sum(axis=1))).all()
+            assert (held.norms >= size).all()
         # Half a step at most, where a step is a number at all.
-        normal = got.steps > 1e-37
-        assert (got.residuals[normal] <= 0.5001 * np.sqrt(dim) * got.steps[normal]).all()
+        normal = got.codes.steps > 1e-37
+        assert (got.codes.residuals[normal] <= 0.5001 * np.sqrt(dim) * got.codes.steps[normal]).all()
+        if dim == 130:  # of normal values a seventeenth, on average
+            ordinary = np.arange(len(gallery)) % 7 == 6
+            assert (got.sketches.residuals[ordinary] / size[ordinary]).mean() < 1 / 16
 
 
 def test_the_gallery_is_read_in_place(tmp_path) -> None:
@@ -215,8 +250,8 @@ def test_the_gallery_is_read_in_place(tmp_path) -> None:
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     compressed = similarity.compress(mapped)
     assert compressed.gallery is mapped
-    assert compressed.nbytes == 2000 * (64 + 12) + 4 * 64
-    assert compressed.codes.ctypes.data % 64 == 0
+    assert compressed.nbytes == 2000 * (64 + 12 + 80 + 12) + 4 * 64
+    assert compressed.codes.values.ctypes.data % 64 == 0
     assert similarity.compress(compressed) is compressed
     assert_same_answers(queries, gallery, compressed=compressed)
     assert_same(

@@ -1,0 +1,66 @@
+// What a thread of a walk keeps to itself.
+#pragma once
+#include <limits>
+#include <optional>
+
+#include "scan.h"
+
+namespace attribution {
+
+// The dots and the scores of one block and a group of queries.
+constexpr int64_t dense_values = int64_t(Batch::dense_group) * block_rows;
+constexpr int64_t dense_bytes = dense_values * 12;
+
+// What a thread needs for one filter.
+struct Scan::Side {
+  Side(const Batch& batch, int thresholds)
+      : batch(&batch),
+        scratch(batch.kernels.scratch_bytes(batch.gallery.storage, batch.gallery.dim)),
+        threshold(size_t(batch.padded), std::numeric_limits<float>::infinity()),
+        error(size_t(batch.padded), 0.0f),
+        low(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()),
+        high(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()) {}
+
+  const Batch* batch;
+  AlignedBytes scratch;
+  std::vector<float> threshold, error, low, high;
+  bool stale = true;  // the cuts have moved since `threshold` was made
+  float norm = -1, scale = -1, shift = -1;
+};
+
+// A row by its sketch alone; and one that passed the sieve.
+struct Scan::Promising {
+  float bound;
+  int64_t row;
+};
+struct Scan::Passed {
+  int64_t block, row;  // row: of the whole gallery
+};
+
+// One thread's own memory.
+struct Scan::Member {
+  Member(const Scan& scan, int id, int thresholds)
+      : id(id), values(scan.batch_, thresholds), larger(size_t(thresholds * scan.batch_.padded), 0) {
+    if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);
+  }
+
+  int id;
+  Side values;
+  std::optional<Side> codes;
+  std::vector<uint32_t> larger;
+  std::vector<Candidate> buffer;  // [group][block_rows], when visiting
+  std::vector<uint32_t> fill;     // [group]
+  int64_t visited = 0;            // by the filter of values
+  int base = 0;
+  AlignedBytes dense{0};  // scratch for densely()
+  int dense_blocks = 0;   // how many more to score whole
+  int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time
+
+  // With a sieve: for each query the rows with the largest bounds; and rows that passed, until a turn has ended.
+  std::vector<std::vector<Promising>> promising;
+  std::vector<float> promise;  // the least that is still welcome
+  std::vector<Passed> passed;
+  AlignedBytes codes_of_passed{0};  // [block_rows]
+};
+
+}  // namespace attribution

@@ -1,0 +1,166 @@
+// Very few queries and a gallery's sketches. First a bound for every row, from five bits for each value; then exact
+// scores of the most promising rows, which put the cut near its end at once; then the codes of the rows that may reach it.
+#include <algorithm>
+#include <cstring>
+
+#include "scan_member.h"
+
+namespace attribution {
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr int64_t most_sifted = (int64_t(4) << 20) / (block_rows * int64_t(sizeof(float)));  // blocks, of 4 MB of bounds
+constexpr int lines_ahead = 96;  // cache lines of codes to ask for before they are needed
+
+// Which rows of a block have bounds that reach a cut.
+struct Reaching {
+  uint32_t bits[block_rows / 32] = {};
+
+  template <class Work>
+  void for_each(int count, const Work& work) const {
+    for (int word = 0; word < block_rows / 32; ++word)
+      for (uint32_t left = bits[word]; left != 0; left &= left - 1)
+        if (const int r = word * 32 + __builtin_ctz(left); r < count) work(r);
+  }
+};
+
+}  // namespace
+
+// Calls work(row) for the block's rows that may reach the cut of any query.
+template <class Work>
+void Scan::for_passing(int64_t begin, int64_t index, const Work& work) const {
+  Reaching reaching;
+  for (int q = 0; q < batch_.count; ++q)
+    run_.set->add_reaching(bounds_.get() + (q * sifted_ + index - begin) * block_rows, (*cut_)[size_t(q)], reaching.bits);
+  const Block block = gallery_.block(index);
+  reaching.for_each(block.count, [&](int r) { work(block.first_row + r); });
+}
+
+// The gallery, until sketches say too little: `next` is left where others must go on.
+void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next,
+                const std::function<void(int)>& settle_query) {
+  sifted_ = std::min(gallery_.blocks(), most_sifted);
+  bounds_.reset(new float[size_t(batch_.count * sifted_ * block_rows)]);
+  while (next < gallery_.blocks()) {
+    const int64_t begin = next, end = std::min(gallery_.blocks(), begin + sifted_);
+    sketch(begin, end, most_promising, members);
+    if (begin == 0) fulfil(most_promising, members, settle_query);
+    if (!always_codes_ && !tells_enough(begin, end)) break;
+    const Take take = [&](int id, int64_t index, int64_t) {
+      for_passing(begin, index, [&](int64_t row) { members[size_t(id)].passed.push_back({index, row}); });
+    };
+    while (next < end) {
+      for (Member& member : members) member.codes->stale = true;
+      take_turns(next, end, next, take, [&](int id) { look_closer(members[size_t(id)]); });
+      for (int q = 0; q < batch_.count; ++q) settle_query(q);
+    }
+  }
+}
+
+// The bounds of all rows in blocks [begin, end). Those of the first chunk are looked at for promising ones.
+void Scan::sketch(int64_t begin, int64_t end, int64_t most_promising, std::vector<Member>& members) {
+  std::atomic<int64_t> next{begin};
+  const Take take = [&](int id, int64_t index, int64_t) {
+    const Block block = gallery_.sketched_block(index);
+    float* all = bounds_.get() + (index - begin) * block_rows;
+    sieve_->bound(block, all, sifted_ * block_rows);
+    for (int q = 0; q < batch_.count && begin == 0; ++q) {
+      const float* bounds = all + q * sifted_ * block_rows;
+      std::vector<Promising>& best = members[size_t(id)].promising[size_t(q)];
+      float& least = members[size_t(id)].promise[size_t(q)];
+      Reaching reaching;
+      run_.set->add_reaching(bounds, least, reaching.bits);
+      reaching.for_each(block.count, [&](int r) {
+        if (bounds[r] < infinity) best.push_back({bounds[r], block.first_row + r});
+      });
+      if (int64_t(best.size()) < 4 * most_promising) continue;
+      std::nth_element(best.begin(), best.begin() + (most_promising - 1), best.end(),
+                       [](const Promising& a, const Promising& b) { return a.bound > b.bound; });
+      best.resize(size_t(most_promising));
+      least = best.back().bound;
+    }
+  };
+  take_turns(begin, end, next, take, nullptr);
+}
+
+// Raises the cut to what the most promising rows reach, and forgets them: they will pass.
+void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const std::function<void(int)>& settle_query) {
+  for (int q = 0; q < batch_.count; ++q) {
+    std::vector<Promising> best;
+    for (Member& member : members) best.insert(best.end(), member.promising[size_t(q)].begin(), member.promising[size_t(q)].end());
+    const auto some = std::min<int64_t>(most_promising, int64_t(best.size()));
+    std::partial_sort(best.begin(), best.begin() + some, best.end(),
+                      [](const Promising& a, const Promising& b) { return a.bound > b.bound; });
+    Candidate* items = candidates(q);
+    for (int64_t i = 0; i < some; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
+    batch_.rescore(items, some, q);
+    fill_[size_t(q)] = uint32_t(some);
+    settle_query(q);
+    fill_[size_t(q)] = 0;
+  }
+}
+
+// A row whose codes are read as well costs more than it saves if two others are not.
+bool Scan::tells_enough(int64_t begin, int64_t end) const {
+  int64_t passed = 0, rows = 0;
+  for (int64_t index = begin; index < end; index += 16) {
+    for_passing(begin, index, [&](int64_t) { ++passed; });
+    rows += gallery_.block(index).count;
+  }
+  return 5 * passed < 2 * rows;
+}
+
+// Looks at the codes of rows that passed, as if they were neighbours.
+void Scan::look_closer(Member& member) {
+  const int64_t bytes = code_bytes(gallery_.dim);
+  const size_t ahead = size_t(std::max<int64_t>(1, lines_ahead * 64 / bytes));
+  const auto ask_for = [&](size_t i) {
+    if (i >= member.passed.size()) return;
+    const Block block = gallery_.coded_block(member.passed[i].block);
+    const int64_t r = member.passed[i].row - block.first_row;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(block.rows + r * bytes + byte);
+    for (const float* each : {block.coded.step, block.coded.residual, block.coded.norm}) __builtin_prefetch(each + r);
+  };
+  for (size_t i = 0; i < ahead; ++i) ask_for(i);
+  Side& side = *member.codes;
+  for (size_t begin = 0; begin < member.passed.size(); begin += block_rows) {
+    const int count = int(std::min<size_t>(block_rows, member.passed.size() - begin));
+    const Passed* rows = member.passed.data() + begin;
+    float step[block_rows], residual[block_rows], norm[block_rows], scale[block_rows];
+    bool scaled = false;
+    for (int i = 0; i < count; ++i) {
+      ask_for(begin + size_t(i) + ahead);
+      const Block block = gallery_.coded_block(rows[i].block);
+      const int64_t r = rows[i].row - block.first_row;
+      std::memcpy(member.codes_of_passed.data() + i * bytes, block.rows + r * bytes, size_t(bytes));
+      step[i] = block.coded.step[r];
+      residual[i] = block.coded.residual[r];
+      norm[i] = block.coded.norm[r];
+      scaled = block.scale != nullptr;
+      if (scaled) scale[i] = block.scale[r];
+    }
+    const unsigned char* codes = member.codes_of_passed.data();
+    const Block block{codes, bytes, count, 0, scaled ? scale : nullptr, nullptr, {codes, step, residual, norm}};
+    Prepared prepared;
+    codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
+                            &prepared);
+    if (codes_->overflows(prepared)) {
+      for (int i = 0; i < count; ++i) carefully(gallery_.single_row(rows[i].row), 0, member);
+      continue;
+    }
+    prepared.largest_shift = 0;  // candidates bring their own
+    set_thresholds(prepared, side);
+    propose(prepared, 0, side, member, true);
+    for (int q = 0; q < batch_.count; ++q) {
+      for (uint32_t i = 0; i < member.fill[size_t(q)]; ++i) {
+        Candidate item = member.buffer[size_t(q * block_rows) + i];
+        item.row = rows[item.row].row;
+        push_exact(member, q, item);
+      }
+      member.fill[size_t(q)] = 0;
+    }
+  }
+  member.passed.clear();
+}
+
+}  // namespace attribution
