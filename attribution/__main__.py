@@ -120,7 +120,7 @@ def _page_path(text: str) -> Path:
 def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> str:
     """Prints the attributions of the pictures, and returns them as a page."""
     params = root / "params.yaml"
-    name = name or read_yaml(params)["featurize"]["backbones"][0]
+    name = name or _first_backbone(params)
     settings = load_params(BackboneSettings, f"featurize.settings.{name}", params)
     data = root / "data"
     paths = {
@@ -158,6 +158,13 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
         print(_as_text(answer, rows))
     sections = [_as_html(*pair, rows) for pair in zip(answers, thumbnails.values(), strict=True)]
     return _page(name, sections)
+
+
+def _first_backbone(params: Path) -> str:
+    try:
+        return str(read_yaml(params)["featurize"]["backbones"][0])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{params}: featurize.backbones: wanted a list of one or more") from None
 
 
 def _answer(name: str, found: Attribution, query: int, image_ids: np.ndarray, *, distractors: int) -> Answer:

@@ -29,6 +29,7 @@ def load_params(cls: type[T], section: str, path: Path | str = Path("params.yaml
         if not isinstance(value, dict) or name not in value:
             above = ".".join(section.split(".")[:depth])
             known = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
+            known = "nothing" if value in (None, {}) else known
             raise ValueError(f"{where}no section {section}; {above or 'the file'} has: {known}")
         value = value[name]
     return typing.cast(T, _convert(cls, value, f"{where}{section}"))

@@ -263,6 +263,16 @@ def test_an_unknown_backbone_is_one_line(root: Path, capsys: pytest.CaptureFixtu
     )
 
 
+@pytest.mark.parametrize("text", ["", "featurize: 3", "featurize: {backbones: []}"])
+def test_without_a_first_backbone_there_is_no_default(
+    root: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (root / "params.yaml").write_text(text)
+    assert main(["mine.jpg"]) == 2
+    message = "attribution: params.yaml: featurize.backbones: wanted a list of one or more\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -124,7 +124,7 @@ def test_what_the_class_itself_refuses_is_said_with_its_place(params_file: Path)
         ("other: {}\n", r"no section train\.deep; the file has: other"),
         ("train:\n  shallow: 1\n", r"no section train\.deep; train has: shallow"),
         ("train: 5\n", r"no section train\.deep; train has: 5"),
-        ("", r"no section train\.deep; the file has: None"),
+        ("", r"no section train\.deep; the file has: nothing"),
         ("train: [\n", "not YAML"),
         ("train:\n  a: 1\n  a: 2\n", r"not YAML: key a twice"),
         ("train: !!python/object/apply:os.getcwd []\n", "not YAML"),
