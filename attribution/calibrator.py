@@ -56,6 +56,7 @@ class Calibrator:
     def load(cls, path: Path | str) -> Calibrator:
         """The calibrator in the file. Raises ValueError naming the file."""
         found = read_json(path)
+        found = found if isinstance(found, dict) else {}
         missing = [name for name in ("inv_tau", "b") if not isinstance(found.get(name), int | float)]
         if missing:
             raise ValueError(f"{path}: wanted numbers inv_tau and b, got no {' and no '.join(missing)}")

@@ -177,6 +177,7 @@ def test_survives_a_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[1.0, 0.0]", "c.json: wanted numbers inv_tau and b, got no inv_tau and no b"),
         ('{"inv_tau": 1.0}', "c.json: wanted numbers inv_tau and b, got no b"),
         ('{"inv_tau": 1.0, "b": -1.0}', "c.json: calibrator: wanted inv_tau > 0 and -1 < b <= 0"),
     ],
