@@ -3,9 +3,10 @@
     uv run python -m benchmarks.similarity_growth [--largest 10000000] [--folder build/gallery]
 
 Galleries are float16 memory maps of random unit vectors, dim 768, opened in shards. Time and memory should be
-straight lines, memory a flat one. The largest is also attributed from a cold page cache, beside a plain
-sequential read of the same files. The evaluation ranks one exemplar of each query among a million distractors
-by counting, and as one would without: join, multiply, sort.
+straight lines, memory a flat one. A few queries also ask the compressed gallery, whose codes are in memory. The
+largest is also attributed from a cold page cache, beside a plain sequential read of the same files. The
+evaluation ranks one exemplar of each query among a million distractors by counting, and as one would without:
+join, multiply, sort.
 """
 
 import argparse
@@ -70,11 +71,15 @@ def peak_memory() -> Iterator[list[float]]:
         watcher.join()
 
 
-def one(folder: Path, rows: int, count: int) -> dict[str, Any]:
+def one(folder: Path, rows: int, count: int, compressed: bool) -> dict[str, Any]:
     """Time and memory of one size; run in a process of its own, so that peaks do not add up."""
     queries = unit_rows(np.random.default_rng(99), count, DIM)
-    gallery = open_gallery(folder, rows)
+    gallery: Any = open_gallery(folder, rows)
     similarity.attribute(queries[:1], gallery[0][:1000], **SETTINGS)
+    begin, codes = time.perf_counter(), {}
+    if compressed:
+        gallery = similarity.compress(gallery)
+        codes = {"compress_seconds": time.perf_counter() - begin, "codes_gigabytes": gallery.nbytes / 1e9}
     attempts = []
     with peak_memory() as peak:
         for _ in range(3):
@@ -84,6 +89,8 @@ def one(folder: Path, rows: int, count: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "queries": count,
+        "compressed": compressed,
+        **codes,
         "wall_seconds": min(wall for wall, _ in attempts),
         "processor_seconds": min(processor for _, processor in attempts),
         "private_megabytes_more": peak[0],
@@ -159,11 +166,10 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for count in sorted({case["queries"] for case in cases}):
-        some = [case for case in cases if case["queries"] == count]
-        left.plot(
-            [c["rows"] for c in some], [c["wall_seconds"] for c in some], "o-", label=f"{count} queries"
-        )
+    for count, compressed in sorted({(case["queries"], case["compressed"]) for case in cases}):
+        some = [case for case in cases if (case["queries"], case["compressed"]) == (count, compressed)]
+        label = f"{count} queries" + ", compressed" * compressed
+        left.plot([c["rows"] for c in some], [c["wall_seconds"] for c in some], "o-", label=label)
         right.plot([c["rows"] for c in some], [c["private_megabytes_more"] for c in some], "o-")
     left.set(xscale="log", yscale="log", xlabel="gallery rows", ylabel="seconds")
     right.set(xscale="log", xlabel="gallery rows", ylabel="MB beyond the page cache", ylim=(0, None))
@@ -178,19 +184,19 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--folder", type=Path, default=Path("build/gallery"))
     parser.add_argument("--output", type=Path, default=RESULTS / "similarity_growth.json")
-    parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(options.folder, *options.one)))
+        rows, count, compressed = options.one
+        print(json.dumps(one(options.folder, rows, count, bool(compressed))))
         return
     write_gallery(options.folder, options.largest)
     cases = []
     for rows in (n for n in (10_000, 100_000, 1_000_000, 10_000_000) if n <= options.largest):
-        for count in options.queries:
+        for count, compressed in [*((count, 0) for count in options.queries), (1, 1), (4, 1)]:
             command = [sys.executable, "-m", "benchmarks.similarity_growth", "--folder", options.folder]
-            done = subprocess.run(
-                [*command, "--one", str(rows), str(count)], check=True, capture_output=True, text=True
-            )
+            case = [str(number) for number in (rows, count, compressed)]
+            done = subprocess.run([*command, "--one", *case], check=True, capture_output=True, text=True)
             cases.append(json.loads(done.stdout))
             print(cases[-1], flush=True)
     from_disk = cold(options.folder, options.largest)

@@ -303,7 +303,7 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
   std::vector<Member> own = members(0);
   std::atomic<int64_t> next{0};
   int64_t length = (first_rows + block_rows - 1) / block_rows;
-  const std::function<void(int)> settle_query = [&](int q) {
+  const SettleQuery settle_query = [&](int q) {
     fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]);
   };
   if (sieve_ != nullptr) sift(own, first_rows, next, settle_query);

@@ -82,20 +82,22 @@ class Scan {
   // following: the block this thread will probably take next
   void take(int64_t index, int64_t following, Member& member);
   int take_codes(int64_t index, int64_t following, Member& member);
-  void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next,
-            const std::function<void(int)>& settle_query);
-  void sketch(int64_t begin, int64_t end, int64_t most_promising, std::vector<Member>& members);
-  void fulfil(int64_t most_promising, std::vector<Member>& members, const std::function<void(int)>& settle_query);
-  bool tells_enough(int64_t begin, int64_t end) const;
-  template <class Work>
-  void for_passing(int64_t begin, int64_t index, const Work& work) const;
-  void look_closer(Member& member);
   void set_thresholds(Prepared& prepared, Side& side) const;
   int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member, bool own);
   void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
   void hand_over(Member& member, int first, int queries);
+  // scan_sketches.cpp
+  using SettleQuery = std::function<void(int query)>;
+  void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next, const SettleQuery& settle);
+  void sketch(int64_t begin, int64_t end, int64_t most_promising, std::vector<Member>& members);
+  void fulfil(int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle);
+  bool tells_enough(int64_t begin, int64_t end) const;
+  template <class Work>
+  void for_passing(int64_t begin, int64_t index, const Work& work) const;
+  void look_closer(Member& member);
+
   bool time_to_ask();
   void refuse(int64_t row, const std::string& why);
   std::vector<Member> members(int thresholds);

@@ -24,6 +24,8 @@ struct Reaching {
   }
 };
 
+constexpr auto greater = [](const auto& a, const auto& b) { return a.bound > b.bound; };
+
 }  // namespace
 
 // Calls work(row) for the block's rows that may reach the cut of any query.
@@ -37,14 +39,13 @@ void Scan::for_passing(int64_t begin, int64_t index, const Work& work) const {
 }
 
 // The gallery, until sketches say too little: `next` is left where others must go on.
-void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next,
-                const std::function<void(int)>& settle_query) {
+void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next, const SettleQuery& settle) {
   sifted_ = std::min(gallery_.blocks(), most_sifted);
   bounds_.reset(new float[size_t(batch_.count * sifted_ * block_rows)]);
   while (next < gallery_.blocks()) {
     const int64_t begin = next, end = std::min(gallery_.blocks(), begin + sifted_);
     sketch(begin, end, most_promising, members);
-    if (begin == 0) fulfil(most_promising, members, settle_query);
+    if (begin == 0) fulfil(most_promising, members, settle);
     if (!always_codes_ && !tells_enough(begin, end)) break;
     const Take take = [&](int id, int64_t index, int64_t) {
       for_passing(begin, index, [&](int64_t row) { members[size_t(id)].passed.push_back({index, row}); });
@@ -52,7 +53,7 @@ void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomi
     while (next < end) {
       for (Member& member : members) member.codes->stale = true;
       take_turns(next, end, next, take, [&](int id) { look_closer(members[size_t(id)]); });
-      for (int q = 0; q < batch_.count; ++q) settle_query(q);
+      for (int q = 0; q < batch_.count; ++q) settle(q);
     }
   }
 }
@@ -74,8 +75,7 @@ void Scan::sketch(int64_t begin, int64_t end, int64_t most_promising, std::vecto
         if (bounds[r] < infinity) best.push_back({bounds[r], block.first_row + r});
       });
       if (int64_t(best.size()) < 4 * most_promising) continue;
-      std::nth_element(best.begin(), best.begin() + (most_promising - 1), best.end(),
-                       [](const Promising& a, const Promising& b) { return a.bound > b.bound; });
+      std::nth_element(best.begin(), best.begin() + (most_promising - 1), best.end(), greater);
       best.resize(size_t(most_promising));
       least = best.back().bound;
     }
@@ -84,18 +84,20 @@ void Scan::sketch(int64_t begin, int64_t end, int64_t most_promising, std::vecto
 }
 
 // Raises the cut to what the most promising rows reach, and forgets them: they will pass.
-void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const std::function<void(int)>& settle_query) {
+void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle) {
   for (int q = 0; q < batch_.count; ++q) {
     std::vector<Promising> best;
-    for (Member& member : members) best.insert(best.end(), member.promising[size_t(q)].begin(), member.promising[size_t(q)].end());
-    const auto some = std::min<int64_t>(most_promising, int64_t(best.size()));
-    std::partial_sort(best.begin(), best.begin() + some, best.end(),
-                      [](const Promising& a, const Promising& b) { return a.bound > b.bound; });
+    for (const Member& member : members) {
+      const std::vector<Promising>& some = member.promising[size_t(q)];
+      best.insert(best.end(), some.begin(), some.end());
+    }
+    const int64_t count = std::min<int64_t>(most_promising, int64_t(best.size()));
+    std::partial_sort(best.begin(), best.begin() + count, best.end(), greater);
     Candidate* items = candidates(q);
-    for (int64_t i = 0; i < some; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
-    batch_.rescore(items, some, q);
-    fill_[size_t(q)] = uint32_t(some);
-    settle_query(q);
+    for (int64_t i = 0; i < count; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
+    batch_.rescore(items, count, q);
+    fill_[size_t(q)] = uint32_t(count);
+    settle(q);
     fill_[size_t(q)] = 0;
   }
 }
