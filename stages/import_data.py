@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 from attribution import images, intake, sources
 from attribution.command import command_line
-from attribution.exemplar_table import SPLITS, Entry, Shares, assign_splits, read_entries
+from attribution.exemplar_table import SPLITS, Entry, read_entries
 from attribution.files import atomic_path, content_key, read_json, require_space, write_json
 from attribution.images import write_image_table
 from attribution.intake import FAULTS, Rules, Skipped, Taken, check_share, take_all, write_skipped
 from attribution.params import load_params
 from attribution.sources import Unit, list_units, read_file
+from attribution.splits import Shares, assign_splits
 from stages.imports import code_key
 from stages.incremental import alone_in, prune
 

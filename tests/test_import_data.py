@@ -25,10 +25,10 @@ from attribution import intake
 from attribution.backbone_settings import BackboneSettings
 from attribution.clip_retrieval import check_model
 from attribution.concepts import read_concepts
-from attribution.exemplar_table import Shares
 from attribution.files import DiskFullError
 from attribution.images import decode_image, read_image_table, table_parts
 from attribution.params import load_params
+from attribution.splits import Shares
 from stages import import_data
 from stages.import_data import Params, run
 from stages.incremental import StageError, alone_in
