@@ -95,6 +95,7 @@ class FeatureSet:
         try:
             space = Space(**{field.name: record[field.name] for field in dataclasses.fields(Space)})
             written, count, finite = record["shards"], record["rows"], record["finite"]
+            files = [path / shard["file"] for shard in written]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}/space.json: not the record of a feature set: {error!r}; {do}"
@@ -105,12 +106,13 @@ class FeatureSet:
             raise ValueError(f"{path}: values that are not finite numbers; {do}")
         shards = tuple(
             piece
-            for shard in written
-            for piece in _without(
-                _open_shard(path / shard["file"], shard, space, verify, do), shard.get("without", [])
-            )
+            for file, shard in zip(files, written, strict=True)
+            for piece in _without(_open_shard(file, shard, space, verify, do), shard.get("without", []))
         )
-        ids = pq.read_metadata(path / "rows.parquet").num_rows
+        try:
+            ids = pq.read_metadata(path / "rows.parquet").num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}/rows.parquet: not a parquet file; {do}") from error
         vectors = sum(len(shard) for shard in shards)
         if not ids == vectors == count:
             raise ValueError(f"{path}: {ids} ids but {vectors} vectors ({count} written); {do}")

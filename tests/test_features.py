@@ -176,6 +176,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing folder": (shutil.rmtree, "clip/queries: no space.json"),
     "missing record": (lambda path: (path / "space.json").unlink(), "clip/queries: no space.json"),
     "missing rows": (lambda path: (path / "rows.parquet").unlink(), "clip/queries: no rows.parquet"),
+    "rows that are none": (
+        lambda path: (path / "rows.parquet").write_bytes(b"x"),
+        "clip/queries/rows.parquet: not a parquet file",
+    ),
+    "shards by name alone": (
+        lambda path: change_record(path, shards=["img_emb_0.npy"]),
+        "not the record of a feature set",
+    ),
     "missing shard": (lambda path: (path / "img_emb_1.npy").unlink(), "shard img_emb_1.npy is missing"),
     "fewer ids": (drop_row, r"clip/queries: 6 ids but 7 vectors \(7 written\)"),
     "wrong count": (lambda path: change_record(path, rows=8), r"7 ids but 7 vectors \(8 written\)"),
