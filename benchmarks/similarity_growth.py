@@ -3,8 +3,8 @@
     uv run python -m benchmarks.similarity_growth [--largest 10000000] [--folder build/gallery]
 
 Galleries are float16 memory maps of random unit vectors, dim 768, opened in shards. Time and memory should be
-straight lines, memory a flat one. A few queries also ask the compressed gallery, whose codes are in memory. The
-largest is also attributed from a cold page cache, beside a plain sequential read of the same files. The
+straight lines, memory a flat one. A few queries also ask the compressed gallery, whose codes are in memory.
+The largest is also attributed from a cold page cache, beside a plain sequential read of the same files. The
 evaluation ranks one exemplar of each query among a million distractors by counting, and as one would without:
 join, multiply, sort.
 """

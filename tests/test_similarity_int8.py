@@ -219,6 +219,24 @@ def unpacked(compressed: similarity.CompressedGallery, dim: int) -> tuple[Codes,
     return held, (low + 16 * fifth)[:, :dim].astype(np.longdouble) - 15.5
 
 
+def test_a_query_along_what_a_sketch_misses_reaches_its_bound(isa: str) -> None:
+    if MOST_SKETCHED[isa] == 0:
+        pytest.skip("this instruction set reads no sketches")
+    rng = np.random.default_rng(12)
+    gallery = rng.standard_normal((300, 256)).astype(np.float32)
+    compressed = similarity.compress(gallery)
+    held, codes = unpacked(compressed, 256)
+    missing = (gallery - compressed.center - held.steps[:, None] * codes).astype(np.float32)[:4]
+    call = similarity.Call(missing, compressed, None, None, "cpu", 1)
+    bounds = similarity.load_extension().sketched_bounds(*call.extension_inputs())
+    own = np.arange(4)
+    exact = similarity.canonical_scores(missing, gallery, own[:, None])[:, 0]
+    slack = (bounds[own, own] - exact) / (np.linalg.norm(missing, axis=1) * held.residuals[:4])
+    # What is left is the query's own rounding, and how much longer the row is than what is missing of it.
+    assert (slack > 0).all()
+    assert (slack < 0.25).all()
+
+
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
     rng = np.random.default_rng(6)
