@@ -22,10 +22,12 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from attribution.backbone_settings import BackboneSettings
 from attribution.command import command_line
 from attribution.files import atomic_path
 from attribution.images import write_image_table
-from attribution.params import read_yaml
+from attribution.params import load_params, read_yaml
+from stages import featurize, import_data
 from stages.imports import imported_files
 
 STAGES = ("customize", "synthesize", "featurize", "train_mapper", "calibrate", "evaluate")
@@ -43,7 +45,8 @@ HEADER = (
 def run(name: str, *, graph: Path, worlds: Path) -> str:
     """Writes the world's graph and returns what to do next.
 
-    Raises FileNotFoundError for a world without parameters, ValueError for a name that is none.
+    Raises FileNotFoundError for a world without parameters, ValueError for a name that is none and for what
+    is wrong in the parameters that the graph is made from.
     """
     # Path("..").name is "..", whose graph would take the place of the repository's own.
     if name in ("", "..") or Path(name).name != name:
@@ -53,6 +56,7 @@ def run(name: str, *, graph: Path, worlds: Path) -> str:
         known = ", ".join(sorted(path.parent.name for path in worlds.glob("*/params.yaml"))) or "none"
         do = f"copy those of another world; there are: {known}"
         raise FileNotFoundError(f"{folder / 'params.yaml'}: no such file; {do}")
+    check_sections(folder / "params.yaml")
     params = read_yaml(folder / "params.yaml")
     stages = {"import_data": import_stage(graph.parent, params)}
     stages |= {stage: elsewhere(read_yaml(graph)["stages"][stage]) for stage in STAGES}
@@ -68,6 +72,13 @@ def run(name: str, *, graph: Path, worlds: Path) -> str:
         f"{folder}/dvc.yaml: {len(stages)} stages. Put pictures where import_data in {folder}/params.yaml"
         f" says, fill in what is null there, then: dvc repro {folder}/dvc.yaml"
     )
+
+
+def check_sections(path: Path) -> None:
+    """Raises ValueError naming file and key."""
+    load_params(import_data.Params, "import_data", path)
+    for name in load_params(featurize.Params, "featurize", path).backbones:
+        load_params(BackboneSettings, f"featurize.settings.{name}", path)
 
 
 def elsewhere(definition: dict[str, Any]) -> dict[str, Any]:

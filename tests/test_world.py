@@ -185,6 +185,23 @@ def test_made_again_it_is_the_same(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no section import_data; the file has: nothing"),
+        (None, "featurize.settings.pixels: unknown key librari; missing key library"),
+    ],
+)
+def test_parameters_that_give_no_graph_are_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "own" / "params.yaml"
+    file.parent.mkdir()
+    full = (FULL / "params.yaml").read_text()
+    file.write_text(full.replace("library: pixels", "librari: pixels") if text is None else text)
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        world.run("own", graph=ROOT / "dvc.yaml", worlds=tmp_path)
+    assert not (tmp_path / "own" / "dvc.yaml").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         (
