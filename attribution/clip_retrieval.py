@@ -177,6 +177,9 @@ def describe(features: FeatureSet, image_ids: Sequence[str]) -> dict[str, dict[s
         of_shard = (asked >= start) & (asked < end)
         if of_shard.any() and "metadata" in shard:
             file = features.path / shard["metadata"]
+            if not file.is_file():
+                do = f"put it back, or run: dvc repro featurize@{features.space.backbone}"
+                raise FileNotFoundError(f"{file.resolve()}: no such file, which ready features need; {do}")
             present = pq.read_schema(file).names
             columns = [name for name in (*CAPTION_COLUMNS, *reversed(NAME_COLUMNS)) if name in present]
             rows = pq.read_table(file, columns=columns).take(own[asked[of_shard] - start]).to_pylist()

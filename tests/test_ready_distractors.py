@@ -16,6 +16,7 @@ import yaml
 
 from attribution.__main__ import main as attribute
 from attribution.backbones import BackboneSettings, load_backbone
+from attribution.clip_retrieval import describe
 from attribution.features import FeatureSet
 from attribution.files import read_json
 from attribution.images import decode_image, write_image_table
@@ -181,6 +182,15 @@ def test_another_space_is_refused_by_name(
         run_stages(monkeypatch, featurize)
     assert not Path("data/features/pixels/distractors").exists()
     assert not list(Path("data").rglob(".partial-*"))
+
+
+def test_metadata_that_went_are_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stages(monkeypatch, featurize)
+    features = FeatureSet.open("data/features/pixels/distractors")
+    for file in Path(FOLDER).glob("metadata/*.parquet"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata_00\.parquet: no such file, which ready"):
+        describe(features, [str(features.image_ids[0])])
 
 
 def test_a_folder_that_changed_or_went_is_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
