@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -152,6 +153,8 @@ def _load(base: BaseSettings, state: tuple[tuple[str, int, int], ...]) -> Pipeli
 
 
 def _begin() -> None:
+    # A Ctrl-C reaches every process of a terminal: the parent has the word, workers end without one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -30,6 +30,16 @@ def slow_pid(seconds: int) -> int:
     return os.getpid()
 
 
+def meet(place: tuple[str, int]) -> int:
+    """The number, once two processes have come; a minute later for those after them."""
+    folder, number = Path(place[0]), place[1]
+    (folder / str(number)).touch()
+    while number < 2 and len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
+    time.sleep(60 * (number > 1))
+    return number
+
+
 def pid_or_error(number: int) -> int:
     if number == 2:
         raise ValueError("two is refused")
@@ -60,6 +70,20 @@ def test_one_worker_is_this_process() -> None:
 def test_no_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"), worker_map(0):
         pass
+
+
+def test_of_an_interrupt_the_parent_alone_has_the_word(tmp_path: Path) -> None:
+    script = PARENT.replace("slow_pid, range(2)", f"meet, [({str(tmp_path)!r}, i) for i in range(4)]")
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
+        os.killpg(parent.pid, signal.SIGINT)
+        _, said = parent.communicate(timeout=30)
+    assert said.count("Traceback") == 1, said
+    assert said.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_a_worker_does_not_outlive_a_parent_that_was_killed() -> None:
