@@ -4,7 +4,7 @@ In:   data/features/<backbone>, data/mappers/<backbone>/mapper.safetensors, data
       data/world/exemplars.parquet
 Out:  data/calibrators/<backbone>.json: inv_tau, b, and likelihood and calibration error before and after
 Cost: 48 concepts against 20,000 images, dim 512: about 5 s on 2 cores. Distractors stay on disk: 100 concepts
-      against 1 M images, dim 768, take a minute or two and 1.3 GB (benchmarks.full_stages).
+      against 1 M images, dim 768, take a minute or two and 1.1 GB (benchmarks.full_stages).
 """
 
 from __future__ import annotations
