@@ -5,7 +5,7 @@ In:   data/features/<backbone>, data/mappers/<backbone>/ (mapper, whitening, per
       data/world/exemplars.parquet, data/world/distractors, data/synthesized, data/shipped/synthesized.parquet
 Out:  metrics/<backbone>.json and data/evaluation/<backbone>/; a run in MLflow
 Cost: 2,300 queries against 20,000 images, dim 512: about 10 s on 2 cores. Distractors stay on disk: 2,000
-      queries against 1 M images, dim 768, take four minutes and 1.2 GB (benchmarks.full_stages).
+      queries against 1 M images, dim 768, take three minutes and 1.1 GB (benchmarks.full_stages).
 
 Metrics are at <kind>.<seen|unseen>.<prompt kind>.<variant>.recall_at_10 and <kind>.all.<variant>.recall_at_10
 over the gallery "distractors + own exemplars", and at hard_gallery.<the same> over the gallery "distractors +
