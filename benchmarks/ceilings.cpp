@@ -5,6 +5,11 @@
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MATRICES
+#endif
 
 namespace {
 
@@ -29,6 +34,38 @@ double thread_seconds() {
 #define CLOBBERED                                                                                                     \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
 
+#ifdef MATRICES
+// Products of matrices of 16 x 64 bytes, into four sums: one for each time that a product takes.
+#define FOUR_PRODUCTS(instruction)                                                                                    \
+  instruction " %tmm6, %tmm4, %tmm0\n" instruction " %tmm6, %tmm5, %tmm1\n" instruction                         \
+              " %tmm7, %tmm4, %tmm2\n" instruction " %tmm7, %tmm5, %tmm3\n"
+#define MATRIX_PEAK(instruction, values)                                                                              \
+  if (with_matrices()) {                                                                                              \
+    const double begin = thread_seconds();                                                                            \
+    for (int64_t i = 0; i < rounds / 16; ++i) asm volatile(FOUR_PRODUCTS(instruction));                               \
+    const double seconds = thread_seconds() - begin;                                                                  \
+    asm volatile("tilerelease");                                                                                      \
+    return double(rounds / 16) * 4 * 16 * 16 * values / seconds * 1e-9;                                               \
+  }
+
+// Prepares this thread's matrix registers, if Linux allows it.
+bool with_matrices() {
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return false;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  struct {
+    unsigned char palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+  asm volatile(
+      "tilezero %tmm0\ntilezero %tmm1\ntilezero %tmm2\ntilezero %tmm3\n"
+      "tilezero %tmm4\ntilezero %tmm5\ntilezero %tmm6\ntilezero %tmm7");
+  return true;
+}
+#else
+#define MATRIX_PEAK(instruction, values)
+#endif
+
 // Multiply-adds per second of processor time, in 1e9; 0 where the machine has no such instruction.
 extern "C" double float32_peak(int64_t rounds) {
 #if defined(__AVX512F__)
@@ -52,6 +89,7 @@ extern "C" double float32_peak(int64_t rounds) {
 }
 
 extern "C" double bfloat16_peak(int64_t rounds) {
+  MATRIX_PEAK("tdpbf16ps", 32)
 #if defined(__AVX512BF16__)
   const double begin = thread_seconds();
   for (int64_t i = 0; i < rounds; ++i) asm volatile(TWELVE("vdpbf16ps", "zmm")::: CLOBBERED);
@@ -63,6 +101,7 @@ extern "C" double bfloat16_peak(int64_t rounds) {
 }
 
 extern "C" double int8_peak(int64_t rounds) {
+  MATRIX_PEAK("tdpbusd", 64)
 #if defined(__AVX512VNNI__)
   const double begin = thread_seconds();
   for (int64_t i = 0; i < rounds; ++i) asm volatile(TWELVE("vpdpbusd", "zmm")::: CLOBBERED);

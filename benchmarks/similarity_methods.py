@@ -122,7 +122,7 @@ def methods() -> list[Method]:
         ),
         Method("ours bfloat16, search only", 2, False, "bfloat16", _ours("bfloat16", False)),
         Method("ours float16", 2, True, "bfloat16", _ours("float16", True)),
-        Method("ours float32", 4, True, "float32", _ours("float32", True)),
+        Method("ours float32", 4, True, "bfloat16", _ours("float32", True)),
         Method("torch bfloat16", 2, True, "bfloat16", _torch(torch.bfloat16)),
         Method("torch float32", 4, True, "float32", _torch(torch.float32)),
         Method("numpy float32", 4, False, "float32", _numpy),

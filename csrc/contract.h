@@ -18,7 +18,7 @@ namespace attribution {
 enum class Storage : int { float32, float16, bfloat16 };
 static inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
 
-// Rows that one thread takes at a time. A multiple of every kernel's tile height (6, 12, 24).
+// Rows that one thread takes at a time. A multiple of every kernel's tile height (6, 12, 24, 32).
 static constexpr int block_rows = 96;
 
 static inline int64_t padded_dim(int dim) { return (int64_t(dim) + 7) / 8 * 8; }
@@ -169,6 +169,7 @@ const InstructionSet* instruction_set_portable();
 const InstructionSet* instruction_set_avx2();
 const InstructionSet* instruction_set_avx512f();
 const InstructionSet* instruction_set_avx512_bf16();
+const InstructionSet* instruction_set_avx512_amx();
 
 // The most capable one that this machine runs, or the one that ATTRIBUTION_ISA names. Throws std::invalid_argument for
 // a name that is unknown or that this machine cannot run.

@@ -4,8 +4,28 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef ATTRIBUTION_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace attribution {
 namespace {
+
+#ifdef ATTRIBUTION_AMX
+// Linux wants to be asked, once for each process, before a thread may have matrix registers; children inherit the answer.
+bool may_use_matrices() {
+  static const bool may = [] {
+    unsigned eax, ebx, ecx, edx = 0;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    const bool has = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bf16) && (edx & tile) && (edx & int8);
+    return has && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return may;
+}
+#endif
 
 bool runs(const std::string& name) {
 #ifdef ATTRIBUTION_X86
@@ -14,14 +34,21 @@ bool runs(const std::string& name) {
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2") return avx2;
   if (name == "avx512f") return avx512f;
-  if (name == "avx512_bf16") return avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512_bf16 = avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (name == "avx512_bf16") return avx512_bf16;
+#ifdef ATTRIBUTION_AMX
+  if (name == "avx512_amx") return avx512_bf16 && may_use_matrices();
+#endif
 #endif
   return name == "portable";
 }
 
 // Best first.
 std::vector<const InstructionSet*> compiled() {
-#ifdef ATTRIBUTION_X86
+#ifdef ATTRIBUTION_AMX
+  return {instruction_set_avx512_amx(), instruction_set_avx512_bf16(), instruction_set_avx512f(), instruction_set_avx2(),
+          instruction_set_portable()};
+#elif defined(ATTRIBUTION_X86)
   return {instruction_set_avx512_bf16(), instruction_set_avx512f(), instruction_set_avx2(), instruction_set_portable()};
 #else
   return {instruction_set_portable()};

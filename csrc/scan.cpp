@@ -306,7 +306,7 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
   const SettleQuery settle_query = [&](int q) {
     fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]);
   };
-  if (sieve_ != nullptr) sift(own, first_rows, next, settle_query);
+  if (sieve_ != nullptr && worth_sifting(first_rows)) sift(own, first_rows, next, settle_query);
   while (next < gallery_.blocks()) {
     stretch(next, std::min(gallery_.blocks(), next + length), own, next);
     // Fewer candidates come from slow growth, fewer pauses of the team from fast growth.

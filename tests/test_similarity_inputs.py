@@ -1,5 +1,9 @@
 """Every storage gives the same answer in place, and everything that does not fit is refused by name."""
 
+import ctypes
+import mmap
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +47,44 @@ def test_storage_types_hold_the_values_they_hold(world, name: str, impl: str) ->
         similarity.count_larger(queries, stored, levels, impl=impl),
         similarity.count_larger(queries, values, levels),
     )
+
+
+@pytest.fixture
+def memory_before_a_wall() -> Iterator[memoryview]:
+    """Bytes that end where the next one must not be touched."""
+    size = 64 * mmap.PAGESIZE
+    held = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(address + size, mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+    yield memoryview(held)[:size]
+    assert protect(address + size, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 6, 40])  # by each of the kernels
+@pytest.mark.parametrize("rows", [31, 32, 96, 97])
+def test_nothing_is_read_past_the_end(
+    memory_before_a_wall, dtype: torch.dtype, count: int, rows: int
+) -> None:
+    rng = np.random.default_rng(24)
+    for dim in (1, 2, 30, 32, 34, 62, 64, 67, 96, 98):
+        queries, values = oracle.planted(rng, count, rows, dim)
+        values = torch.from_numpy(values).to(dtype)
+        size = values.numel() * values.element_size()
+        gallery = torch.frombuffer(memory_before_a_wall[-size:], dtype=dtype).view(rows, dim)
+        gallery.copy_(values)
+        got = similarity.attribute(queries, gallery, impl="cpu", **SHARP)
+        elsewhere = values.float().numpy()
+        want = similarity.attribute(queries, elsewhere, impl="cpu", **SHARP)
+        np.testing.assert_array_equal(got.ids, want.ids)
+        np.testing.assert_array_equal(got.scores, want.scores)
+        levels = want.scores[:, :2]
+        np.testing.assert_array_equal(
+            similarity.count_larger(queries, gallery, levels, or_equal=True, impl="cpu"),
+            similarity.count_larger(queries, elsewhere, levels, or_equal=True, impl="reference"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,10 +14,12 @@ from tests.test_similarity import SHARP, assert_same
 from tests.test_similarity_properties import check_against_the_reference, walks, worlds
 
 # The most queries for which each reads codes: beyond, values filter as fast.
-MOST_CODED = {"avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
+MOST_CODED = {"avx512_amx": 256, "avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
 # And the most for which each reads sketches.
-MOST_SKETCHED = {"avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
-LANES = {"avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
+MOST_SKETCHED = {"avx512_amx": 4, "avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
+LANES = {"avx512_amx": 16, "avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
+# The most queries whose codes have 16 bits, where codes are read at all.
+MOST_FINE = {"avx512_amx": 4, "avx512_bf16": 8, "avx512f": 8, "avx2": 4, "portable": 2}
 ISAS = similarity.load_extension().instruction_sets()
 SETTINGS = (
     {"k": 10, "inv_tau": 16.0, "b": -0.04},  # few have weight
@@ -172,7 +174,7 @@ def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: i
     elif (
         kind == "aligned" and dim > 1
     ):  # with what the codes of the queries miss, where Cauchy and Schwarz agree
-        levels = 127 if count > 8 else min(32767, (1 << 23) * LANES[isa] // (-(-dim // 64) * 64))
+        levels = 127 if count > MOST_FINE[isa] else min(32767, (1 << 23) * LANES[isa] // (-(-dim // 64) * 64))
         missing = lost(queries, levels)[np.arange(rows // 2) % count]
         missing = np.rint(missing * (127 / np.abs(missing).max(axis=1, keepdims=True)))  # codes of themselves
         gallery = np.concatenate([missing, -missing])
