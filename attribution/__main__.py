@@ -21,10 +21,11 @@ from attribution.clip_retrieval import describe
 from attribution.command import FORESEEN, in_a_line
 from attribution.features import FeatureSet, check_same_space
 from attribution.files import atomic_path
+from attribution.gallery import Gallery, attribute_all
 from attribution.images import ImageError, decode_image, find_rows
 from attribution.mapper import Mapper
 from attribution.params import load_params, read_yaml
-from attribution.similarity import Attribution, attribute
+from attribution.similarity import Attribution
 
 THUMBNAIL_PIXELS = 192
 STYLE = """
@@ -141,17 +142,16 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     for features in sets:
         # Other weights or other preprocessing since the features were made: the scores would mean nothing.
         check_same_space(features.path, backbone.space, features.space)
-    image_ids = np.concatenate([features.image_ids for features in sets])
-    gallery = [features.through(mapper.map_real) for features in sets]
+    distractors, exemplars = sets
+    all_exemplars = exemplars.take(np.arange(len(exemplars)))
+    gallery = Gallery(exemplars.image_ids, all_exemplars, distractors, np.arange(len(distractors)))
     vectors = np.concatenate([backbone.encode([decode_image(path)]) for path in thumbnails])
-    found = attribute(mapper.map_synth(vectors), gallery, k=top, inv_tau=calibrator.inv_tau, b=calibrator.b)
-    answers = [
-        _answer(str(path), found, query, image_ids, distractors=len(sets[0]))
-        for query, path in enumerate(thumbnails)
-    ]
+    queries = mapper.map_synth(vectors)
+    found = attribute_all(gallery, mapper, queries, {name: calibrator}, k=top)[name]
+    answers = [_answer(str(path), found, query, gallery) for query, path in enumerate(thumbnails)]
     shown = sorted({match.image_id for answer in answers for match in answer.matches})
     # Ready features have no pictures here, but what their own table says of them.
-    rows = describe(sets[0], shown)
+    rows = describe(distractors, shown)
     for table in (paths["distractor images"], paths["exemplar images"]):
         rows |= find_rows(table, shown, ("image", "caption"))
     for answer in answers:
@@ -167,23 +167,22 @@ def _first_backbone(params: Path) -> str:
         raise ValueError(f"{params}: featurize.backbones: wanted a list of one or more") from None
 
 
-def _answer(name: str, found: Attribution, query: int, image_ids: np.ndarray, *, distractors: int) -> Answer:
+def _answer(name: str, found: Attribution, query: int, gallery: Gallery) -> Answer:
+    rows = found.ids[query][found.ids[query] >= 0]
+    columns = (rows, gallery.image_ids(rows), found.scores[query], found.influence[query])
     matches = [
         Match(
             rank,
-            str(image_ids[row]),
-            "distractor" if row < distractors else "exemplar",
+            image_id,
+            "exemplar" if row < len(gallery.exemplars) else "distractor",
             float(score),
             float(share),
         )
-        for rank, (row, score, share) in enumerate(
-            zip(found.ids[query], found.scores[query], found.influence[query], strict=True), start=1
-        )
-        if row >= 0
+        for rank, (row, image_id, score, share) in enumerate(zip(*columns, strict=False), start=1)
     ]
     shown_support = sum(match.influence > 0 for match in matches)
     others = int(found.support[query]) - shown_support
-    return Answer(name, matches, float(found.remainder[query]), others, len(image_ids))
+    return Answer(name, matches, float(found.remainder[query]), others, len(gallery))
 
 
 def _as_text(answer: Answer, rows: dict[str, dict[str, Any]]) -> str:
