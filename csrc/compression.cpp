@@ -59,8 +59,8 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
     if (batch.overflows(prepared)) continue;
     prepared.largest_shift = 0;  // candidates bring their own
     batch.bound(prepared, error.data());
-    const Emission to{threshold.data(), error.data(), batch.offset.data(), items.data(),        block_rows,
-                      fill.data(),      0,            0,                   nullptr,             batch.weight.data()};
+    const Emission to{threshold.data(), error.data(), batch.offset.data(), items.data(),
+                      block_rows,       fill.data(),  batch.weight.data()};
     for (int first = 0; first < batch.count; first += batch.kernels.group(batch.count - first))
       batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery.dim, first, to);
     for (int q = 0; q < batch.count; ++q)

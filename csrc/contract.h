@@ -94,12 +94,9 @@ struct Emission {
   const float* threshold;  // [padded queries], +inf in the padding
   const float* error;      // [padded queries]: what to write into Candidate::error
   const float* offset;     // [padded queries], or null: 0
-  Candidate* buffer;       // [queries from `base` on][capacity]
+  Candidate* buffer;       // [padded queries][capacity], this thread's; a call adds up to block_rows for each
   int64_t capacity;
-  uint32_t* fill;  // [queries from `base` on]
-  int base;
-  uint32_t high_water;  // reaching it raises `full`; the engine then starts no further block
-  int* full;            // null: the buffer is this thread's own
+  uint32_t* fill;       // [padded queries]
   const float* weight;  // [padded queries] |q|: what Prepared::shift is multiplied by and adds to the error
 };
 

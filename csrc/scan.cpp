@@ -60,10 +60,6 @@ std::vector<Scan::Member> Scan::members(int thresholds) {
       all.back().promise.assign(size_t(batch_.count), -infinity);
       all.back().codes_of_passed = AlignedBytes(block_rows * code_bytes(gallery_.dim));
     }
-    if (visit_ == nullptr && sieve_ == nullptr) continue;
-    const int group = batch_.kernels.group(batch_.count);
-    all.back().buffer.resize(size_t(group * block_rows));
-    all.back().fill.assign(size_t(group), 0);
   }
   return all;
 }
@@ -79,20 +75,27 @@ void Scan::refuse(int64_t row, const std::string& why) {
 }
 
 void Scan::push_exact(Member& member, int query, const Candidate& item) {
-  if (visit_ != nullptr) {
-    member.buffer[size_t((query - member.base) * block_rows) + member.fill[size_t(query - member.base)]++] = item;
-    return;
-  }
-  const uint32_t slot = __atomic_fetch_add(&fill_[size_t(query)], 1u, __ATOMIC_RELAXED);
-  if (slot + 1 >= high_water_) __atomic_store_n(&full_, 1, __ATOMIC_SEQ_CST);
-  buffer_[size_t(query * capacity_ + slot)] = item;
+  member.buffer[size_t(query * own_capacity) + member.fill[size_t(query)]++] = item;
+}
+
+// Adds the member's candidates of a query to those of all.
+void Scan::pour(Member& member, int query) {
+  uint32_t& fill = member.fill[size_t(query)];
+  const uint32_t slot = __atomic_fetch_add(&fill_[size_t(query)], fill, __ATOMIC_RELAXED);
+  // Whoever writes past the mark has raised `full` in its own sight: turns under way end beyond it, and no others.
+  if (slot + fill >= high_water_) __atomic_store_n(&full_, 1, __ATOMIC_SEQ_CST);
+  std::copy_n(member.buffer.get() + query * own_capacity, fill, candidates(query) + slot);
+  fill = 0;
 }
 
 void Scan::hand_over(Member& member, int first, int queries) {
-  if (visit_ == nullptr) return;
-  for (int q = 0; q < queries; ++q) {
+  for (int q = first; q < first + queries; ++q) {
     uint32_t& fill = member.fill[size_t(q)];
-    if (fill != 0) (*visit_)(member.id, first + q, member.buffer.data() + q * block_rows, fill);
+    if (visit_ == nullptr) {
+      if (fill >= own_candidates) pour(member, q);
+      continue;
+    }
+    if (fill != 0) (*visit_)(member.id, q, member.buffer.get() + q * own_capacity, fill);
     fill = 0;
   }
 }
@@ -107,7 +110,6 @@ void Scan::carefully(const Block& block, int first, Member& member) {
       return refuse(block.first_row + r, where + ": wanted finite values, got NaN or infinity");
   }
   for (int q = first; q < batch_.count; ++q) {
-    member.base = q;
     for (int r = 0; r < block.count; ++r) {
       Candidate item{block.first_row + r, 0, 0};
       try {
@@ -138,6 +140,7 @@ void Scan::densely(const Block& block, Member& member) {
       const float cut = (*cut_)[size_t(first + q)];
       for (int r = 0; r < block.count; ++r)
         if (line[r] >= cut) push_exact(member, first + q, Candidate{block.first_row + r, line[r], 0});
+      hand_over(member, first + q, 1);
     }
   }
 }
@@ -169,17 +172,10 @@ void Scan::set_thresholds(Prepared& prepared, Side& side) const {
 }
 
 // Candidates of one block and the group of queries that begins at `first`. Returns how many there are.
-int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member, bool own) {
+int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member) {
   const Batch& batch = *side.batch;
-  Emission to{side.threshold.data(), side.error.data(), batch.offset.empty() ? nullptr : batch.offset.data(),
-              buffer_.get(), capacity_, fill_.data(), 0, high_water_, &full_, prepared.shift ? batch.weight.data() : nullptr};
-  if (own) {
-    to.buffer = member.buffer.data();
-    to.capacity = block_rows;
-    to.fill = member.fill.data();
-    to.base = first;
-    to.full = nullptr;
-  }
+  const Emission to{side.threshold.data(), side.error.data(), batch.offset.empty() ? nullptr : batch.offset.data(),
+                    member.buffer.get(), own_capacity, member.fill.data(), prepared.shift ? batch.weight.data() : nullptr};
   if (thresholds_ == nullptr)
     return batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery_.dim, first, to);
   const Counting counting{threshold_count_, side.low.data(), side.high.data(), member.larger.data()};
@@ -208,7 +204,7 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   set_thresholds(prepared, side);
   for (int first = 0; first < batch_.count;) {
     const int some = std::min(batch_.kernels.group(batch_.count - first), batch_.count - first);
-    const int64_t found = propose(prepared, first, side, member, visit_ != nullptr);
+    const int64_t found = propose(prepared, first, side, member);
     hand_over(member, first, some);
     first += some;
     // A candidate costs what codes save on so many products, and less is saved where more queries share a row's bytes.
@@ -241,7 +237,7 @@ void Scan::take(int64_t index, int64_t following, Member& member) {
   set_thresholds(prepared, member.values);
   int64_t found = 0;
   for (; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
-    const int64_t some = propose(prepared, first, member.values, member, visit_ != nullptr);
+    const int64_t some = propose(prepared, first, member.values, member);
     found += some;
     if (visit_ != nullptr) member.visited += some;
     hand_over(member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
@@ -304,6 +300,7 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
   std::atomic<int64_t> next{0};
   int64_t length = (first_rows + block_rows - 1) / block_rows;
   const SettleQuery settle_query = [&](int q) {
+    for (Member& member : own) pour(member, q);
     fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]);
   };
   if (sieve_ != nullptr && worth_sifting(first_rows)) sift(own, first_rows, next, settle_query);

@@ -2,9 +2,9 @@
 //
 // `select` gathers candidates of all blocks in one buffer per query. It goes in stretches: a stretch ends at a row
 // count that grows geometrically (so that cuts tighten early), or as soon as any query's buffer is filled to its
-// high-water mark. Turns under way are finished: each block of a turn adds at most block_rows candidates per query, and
-// the buffer keeps room for one turn per thread. So it never overflows, and no input, however ordered, makes the walk
-// repeat a row.
+// high-water mark. Threads add to it some candidates at a time. Turns under way are finished: each block of a turn
+// adds at most block_rows candidates per query, and the buffer keeps room for one turn per thread, and what it still
+// had to itself. So it never overflows, and no input, however ordered, makes the walk repeat a row.
 //
 // `visit` hands the candidates of each block over at once, while its rows are in cache. Where nearly everything is a
 // candidate, blocks are scored canonically as a whole instead.
@@ -53,7 +53,7 @@ class Scan {
               const Tally& tally);
   Candidate* candidates(int query) const { return buffer_.get() + query * capacity_; }
   uint32_t fill(int query) const { return fill_[size_t(query)]; }
-  static int64_t capacity(int64_t keep, int64_t fresh, int64_t blocks) { return keep + fresh + blocks * block_rows; }
+  static int64_t capacity(int64_t keep, int64_t fresh, int64_t blocks) { return keep + fresh + blocks * own_capacity; }
 
   // Like a tally, of candidates.
   using Visit = std::function<void(int member, int query, Candidate* candidates, int64_t count)>;
@@ -71,6 +71,11 @@ class Scan {
   static float high(double threshold, float error);
 
  private:
+  // A thread keeps so many candidates of a query to itself before it adds them to those of all: one by one, threads would
+  // wait for each other, and each of them for its own writes.
+  static constexpr uint32_t own_candidates = 8;
+  static constexpr int64_t own_capacity = own_candidates + block_rows;
+
   struct Side;
   struct Member;
   struct Promising;
@@ -83,11 +88,12 @@ class Scan {
   void take(int64_t index, int64_t following, Member& member);
   int take_codes(int64_t index, int64_t following, Member& member);
   void set_thresholds(Prepared& prepared, Side& side) const;
-  int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member, bool own);
+  int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member);
   void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
   void hand_over(Member& member, int first, int queries);
+  void pour(Member& member, int query);
   // scan_sketches.cpp
   using SettleQuery = std::function<void(int query)>;
   void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next, const SettleQuery& settle);

@@ -40,7 +40,11 @@ struct Scan::Passed {
 // One thread's own memory.
 struct Scan::Member {
   Member(const Scan& scan, int id, int thresholds)
-      : id(id), values(scan.batch_, thresholds), larger(size_t(thresholds * scan.batch_.padded), 0) {
+      : id(id),
+        values(scan.batch_, thresholds),
+        larger(size_t(thresholds * scan.batch_.padded), 0),
+        buffer(new Candidate[size_t(scan.batch_.padded * own_capacity)]),
+        fill(size_t(scan.batch_.padded), 0) {
     if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);
   }
 
@@ -48,12 +52,11 @@ struct Scan::Member {
   Side values;
   std::optional<Side> codes;
   std::vector<uint32_t> larger;
-  std::vector<Candidate> buffer;  // [group][block_rows], when visiting
-  std::vector<uint32_t> fill;     // [group]
-  int64_t visited = 0;            // by the filter of values
-  int base = 0;
-  AlignedBytes dense{0};  // scratch for densely()
-  int dense_blocks = 0;   // how many more to score whole
+  std::unique_ptr<Candidate[]> buffer;  // [padded queries][own_capacity]
+  std::vector<uint32_t> fill;           // [padded queries]
+  int64_t visited = 0;                  // by the filter of values
+  AlignedBytes dense{0};                // scratch for densely()
+  int dense_blocks = 0;                 // how many more to score whole
   int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time
 
   // With a sieve: for each query the rows with the largest bounds; and rows that passed, until a turn has ended.

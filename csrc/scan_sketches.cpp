@@ -158,15 +158,15 @@ void Scan::look_closer(Member& member) {
     }
     prepared.largest_shift = 0;  // candidates bring their own
     set_thresholds(prepared, side);
-    propose(prepared, 0, side, member, true);
-    for (int q = 0; q < batch_.count; ++q) {
-      for (uint32_t i = 0; i < member.fill[size_t(q)]; ++i) {
-        Candidate item = member.buffer[size_t(q * block_rows) + i];
-        item.row = rows[item.row].row;
-        push_exact(member, q, item);
+    uint32_t before[most_sketched];
+    std::copy_n(member.fill.begin(), batch_.count, before);
+    propose(prepared, 0, side, member);
+    for (int q = 0; q < batch_.count; ++q)
+      for (uint32_t i = before[q]; i < member.fill[size_t(q)]; ++i) {
+        int64_t& row = member.buffer[size_t(q * own_capacity) + i].row;
+        row = rows[row].row;
       }
-      member.fill[size_t(q)] = 0;
-    }
+    hand_over(member, 0, batch_.count);
   }
   member.passed.clear();
 }
