@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,17 +178,6 @@ class FeatureSet:
                 places = order[block : min(block + BLOCK, end)]
                 taken[places] = shard[rows[places] - start]
         return taken
-
-    def through(self, function: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "rows out"]:
-        """All rows through `function`, a block at a time: they themselves are never all in memory."""
-        result = np.empty(
-            (len(self), function(np.empty((0, self.space.dim), np.float32)).shape[1]), np.float32
-        )
-        done = 0
-        for block in _regroup(self.shards, BLOCK):
-            result[done : done + len(block)] = function(block.astype(np.float32, copy=False))
-            done += len(block)
-        return result
 
     @property
     def is_ready_made(self) -> bool:

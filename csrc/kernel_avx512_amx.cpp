@@ -1,5 +1,4 @@
-// As kernel_avx512_bf16.cpp, but more than a few queries are multiplied in matrix registers, sixteen times as many products
-// per step.
+// As kernel_avx512_bf16.cpp, but more than a few queries are multiplied in matrix registers.
 #define ATTRIBUTION_NAME "avx512_amx"
 #define ATTRIBUTION_ENTRY instruction_set_avx512_amx
 #define ATTRIBUTION_LANES 16

@@ -25,7 +25,6 @@ from attribution.features import (
     write_shard,
 )
 from attribution.files import read_json, sha256_file, write_json
-from attribution.mapper import Mapper
 
 RNG = np.random.default_rng(3)
 SPACE = Space("clip", "abc123", "squash 4", 5, "float32")
@@ -86,34 +85,15 @@ def test_equal_sets_are_equal_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
-def test_rows_taken_or_sent_through_in_blocks_are_those_in_memory(
+def test_rows_taken_in_blocks_are_those_in_memory(
     written: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(features, "BLOCK", block)
     opened = FeatureSet.open(written)
-    sizes = []
-
-    def double(rows: np.ndarray) -> np.ndarray:
-        sizes.append(len(rows))
-        return 2 * rows[:, :3]
-
-    np.testing.assert_array_equal(opened.through(double), 2 * VECTORS[:, :3])
-    assert max(sizes) <= block
     rows = np.array([6, 0, 2, 2, 5, 1, 6])
     np.testing.assert_array_equal(opened.take(rows), VECTORS[rows])
     assert opened.take(rows[:0]).shape == (0, 5)
     assert not opened.is_ready_made
-
-
-def test_what_goes_through_a_mapper_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    vectors = RNG.normal(size=(20_000, 16)).astype(np.float32)
-    ids = [str(row) for row in range(len(vectors))]
-    opened = write_feature_set(
-        tmp_path / "x", Space("x", "1", "", 16, "float16"), ids, [vectors], shard_rows=3000
-    )
-    head = {"weight": RNG.normal(size=(16, 16)).astype(np.float32), "bias": vectors[0]}
-    mapper = Mapper("linear", head, head)
-    np.testing.assert_array_equal(opened.through(mapper.map_real), mapper.map_real(opened.vectors()))
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
