@@ -17,7 +17,7 @@ from PIL import Image
 
 from attribution.backbones import BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
-from attribution.clip_retrieval import describe
+from attribution.captions import describe
 from attribution.command import FORESEEN, in_a_line
 from attribution.features import FeatureSet, check_same_space
 from attribution.files import atomic_path

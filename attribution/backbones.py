@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +30,20 @@ UNTRAINED_SEED = 0
 Forward = Callable[[UInt8[np.ndarray, "images height width 3"]], Float[np.ndarray, "images dim"]]
 
 
-@dataclass
+@dataclasses.dataclass
 class Backbone:
     """`encode` gives each RGB image's vector in `space`, un-normalized.
 
     `batch_size` images go through at once; where memory does not hold so many, it is halved, with a warning.
+    `one_core_each`: several batches at once, in threads of attribution.threads, are faster than one on all
+    cores.
     """
 
     space: Space
     preprocessing: Preprocessing
     batch_size: int
     forward: Forward
+    one_core_each: bool = False
 
     def encode(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "images dim"]:
         """One float32 row per image, in order."""
@@ -74,6 +77,8 @@ def load_backbone(name: str, settings: BackboneSettings, *, root: Path) -> Backb
         side = settings.image_size
         plain = Preprocessing("squash", side, side, "box", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return _backbone(name, settings, f"1, {HISTOGRAM_BINS} bins a channel", plain, _color_histogram)
+    import torch
+
     assert settings.library in NETS
     net = _load_net(name, settings, root)
     if net.preprocessing.crop != settings.image_size:
@@ -82,8 +87,10 @@ def load_backbone(name: str, settings: BackboneSettings, *, root: Path) -> Backb
         )
     halved = settings.precision not in (None, "float32")
     revision = f"{net.revision}, {settings.precision}" if halved else net.revision
-    forward = _net_forward(net, settings.precision if halved else None)
-    return _backbone(name, settings, revision, net.preprocessing, forward)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forward = _net_forward(net, device, settings.precision if halved else None)
+    backbone = _backbone(name, settings, revision, net.preprocessing, forward)
+    return dataclasses.replace(backbone, one_core_each=device.type == "cpu")
 
 
 def write_backbone(folder: Path, config: dict[str, Any], net: torch.nn.Module) -> None:
@@ -130,12 +137,12 @@ def _color_histogram(pixels: UInt8[np.ndarray, "images height width 3"]) -> Floa
     return np.sqrt(counts / cell.shape[1], dtype=np.float32)
 
 
-def _net_forward(net: Net, precision: str | None) -> Forward:
-    """Resized pixels to float32 vectors, on the GPU if there is one; half precisions by autocast."""
+def _net_forward(net: Net, device: torch.device, precision: str | None) -> Forward:
+    """Resized pixels to float32 vectors; half precisions by autocast."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.module.to(device).eval()
+    # Pixels come with their channels together, which convolutions on CPUs and tensor cores like best.
+    net.module.to(device).to(memory_format=torch.channels_last).eval()
     mean, std = (
         torch.tensor(values, device=device)[:, None, None]
         for values in (net.preprocessing.mean, net.preprocessing.std)
@@ -148,7 +155,7 @@ def _net_forward(net: Net, precision: str | None) -> Forward:
 
     @torch.inference_mode()
     def forward(pixels: np.ndarray) -> np.ndarray:
-        inputs = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().contiguous()
+        inputs = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
         with arithmetic():
             vectors = net.encode(inputs.div_(255).sub_(mean).div_(std))
         return vectors.float().cpu().numpy()

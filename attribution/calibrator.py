@@ -54,8 +54,11 @@ class Calibrator:
 
     @classmethod
     def load(cls, path: Path | str) -> Calibrator:
-        """The calibrator in the file. Raises ValueError naming the file."""
-        found = read_json(path)
+        """The calibrator in the file. Raises FileNotFoundError or ValueError, both naming the file."""
+        try:
+            found = read_json(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file; run: dvc repro calibrate") from None
         found = found if isinstance(found, dict) else {}
         missing = [name for name in ("inv_tau", "b") if not isinstance(found.get(name), int | float)]
         if missing:

@@ -8,27 +8,23 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
-from attribution.backbone_settings import BackboneSettings
 from attribution.features import DTYPES, LENGTH_ONE, FeatureSet, Space, length_one
-from attribution.files import atomic_path, read_json, require_space, sha256_bytes, write_json
+from attribution.files import atomic_path, require_space, sha256_bytes, write_json
 
 # Columns of the metadata that name a picture, the first that is there.
 NAME_COLUMNS = ("image_path", "key", "url")
-CAPTION_COLUMNS = ("caption", "text", "TEXT", "alt")
 BLOCK = 8192  # rows checked at a time
 # The same picture, whoever decoded it and in whichever precision it was encoded.
 SAME_COSINE = 0.999
 # float16 keeps three digits.
 LENGTH_TOLERANCE = 5e-3
-# Other decoders, resizing and precisions cost hundredths; another model is nowhere near.
-LEAST_COSINE = 0.9
 ROW_BYTES = 200  # about what a row's id and name take on disk
 
 
@@ -58,7 +54,7 @@ def link_features(
 
     Raises FileNotFoundError or ValueError naming the file: no shard, a count, dim or dtype that differs,
     lengths of 1 where the space has others or the reverse, a value not finite, a name twice. Nothing in the
-    files says which model made them: `check_model`, `least_cosine`.
+    files says which model made them: attribution.same_model.
     """
     shards = find_shards(source)
     arrays = [_open(shard.vectors, space) for shard in shards]
@@ -121,87 +117,6 @@ def find_shards(source: Path) -> list[Shard]:
             f"{lone}: no {'metadata' if alone[0] in vectors else 'img_emb'} of that number"
         )
     return [Shard(vectors[number], metadata[number]) for number in sorted(vectors)]
-
-
-def check_model(name: str, settings: BackboneSettings, made_by: str) -> None:
-    """Raises ValueError if `made_by`, as clip-retrieval's --clip_model is told, is not the backbone's model.
-
-    Weights in a file have no name that could differ: of them only the net's is compared.
-    """
-    names = _names_of_model(settings)
-    if not any(re.fullmatch(pattern, made_by) for pattern in names.values()):
-        raise ValueError(f"{name}: wanted features made by {' or '.join(names)}, got {made_by}")
-
-
-def pictures_of(features: FeatureSet, source: Path, count: int) -> dict[str, Path]:
-    """Id to file of at most `count` rows whose names are files that are here, evenly over all; often none."""
-    names = features.rows["source"]
-    found: dict[int, Path] = {}
-    for row in dict.fromkeys(np.linspace(0, len(features) - 1, 4 * count).astype(int).tolist()):
-        name = names[row].as_py()
-        places = [place / name for place in (Path(), source, source.parent)]
-        # Not Path.is_file, which raises where a name is too long for a file's.
-        file = next(filter(os.path.isfile, places), None)
-        if file is not None and len(found) < count:
-            found[row] = file
-    ids = features.ids_of(np.array(list(found), dtype=np.int64))
-    return dict(zip(ids.tolist(), found.values(), strict=True))
-
-
-def least_cosine(
-    source: Path, features: FeatureSet, image_ids: Sequence[str], encoded: Float[np.ndarray, "images dim"]
-) -> float:
-    """The least cosine between the rows of these images and what the backbone made of their pictures.
-
-    Raises ValueError where it is too small for them to be by the same model.
-    """
-    cosines = (length_one(features.select(image_ids)) * length_one(encoded)).sum(axis=1)
-    worst = int(cosines.argmin())
-    if cosines[worst] < LEAST_COSINE:
-        picture = describe(features, [image_ids[worst]])[image_ids[worst]]["caption"]
-        said = f"cosine {cosines[worst]:.3f} with what {features.space.backbone} makes of its picture"
-        raise ValueError(f"{source}: {picture}: {said}; wanted features by the same model")
-    return float(cosines[worst])
-
-
-def describe(features: FeatureSet, image_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Id to what the metadata say of those of the images whose vectors came ready made: {"caption": text}."""
-    shards = read_json(features.path / "space.json")["shards"]
-    kept = [np.delete(np.arange(shard["rows"]), shard.get("without", [])) for shard in shards]
-    starts = np.cumsum([0, *map(len, kept)])
-    rows_of = features.rows_of(image_ids)
-    asked = np.unique(rows_of[rows_of >= 0])
-    asked_ids = features.ids_of(asked)
-    found = {}
-    for shard, own, start, end in zip(shards, kept, starts, starts[1:], strict=False):
-        of_shard = (asked >= start) & (asked < end)
-        if of_shard.any() and "metadata" in shard:
-            file = features.path / shard["metadata"]
-            if not file.is_file():
-                do = f"put it back, or run: dvc repro featurize@{features.space.backbone}"
-                raise FileNotFoundError(f"{file.resolve()}: no such file, which ready features need; {do}")
-            present = pq.read_schema(file).names
-            columns = [name for name in (*CAPTION_COLUMNS, *reversed(NAME_COLUMNS)) if name in present]
-            rows = pq.read_table(file, columns=columns).take(own[asked[of_shard] - start]).to_pylist()
-            for image_id, values in zip(asked_ids[of_shard].tolist(), rows, strict=True):
-                said = dict.fromkeys(str(values[name]) for name in columns if values[name])
-                found[image_id] = {"caption": " ".join(" ".join(said).split())}
-    return found
-
-
-def _names_of_model(settings: BackboneSettings) -> dict[str, str]:
-    """What clip-retrieval can have been told to get this model: for a reader, and as a pattern."""
-    model, weights = settings.model or settings.library, settings.weights
-    if settings.library != "open_clip" or weights is None or "/" in model:
-        return {model: re.escape(model)}
-    is_file = "/" in weights or bool(Path(weights).suffix)
-    plain = model.removesuffix("-quickgelu")
-    names = {f"open_clip:{model}/{'...' if is_file else weights}"}
-    if weights == "openai" or (is_file and model != plain):
-        # OpenAI's names for its own, which clip-retrieval takes without a library before them.
-        short = re.sub(r"^(ViT-\w+)-(\d+)", r"\1/\2", plain).replace("-336", "@336px")
-        names |= {short, f"open_clip:{plain}/openai"}
-    return {name: re.escape(name).replace(r"\.\.\.", ".+") for name in sorted(names)}
 
 
 def _open(file: Path, space: Space) -> np.memmap:

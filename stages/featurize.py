@@ -27,19 +27,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from attribution import backbone_settings, backbones, images, nets, preprocessing, weights
 from attribution.backbone_settings import ReadyFeatures
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
-from attribution.clip_retrieval import check_model, least_cosine, link_features, pictures_of
+from attribution.clip_retrieval import link_features
 from attribution.command import command_line
 from attribution.features import FeatureSet, assemble_feature_set, write_shard
 from attribution.files import atomic_path, content_key, read_json, require_space, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
 from attribution.preprocessing import Preprocessing
+from attribution.same_model import check_model, least_cosine, pictures_of
 
 # What a vector depends on besides its image and its space.
 CODE = tuple(
@@ -55,7 +56,8 @@ COMPARED = 16  # pictures that are encoded again where ready features still have
 class Params:
     """`backbones` are the graph's, each with a row in `settings`; a kill costs `shard_rows` images.
 
-    `workers` threads decode and resize, one per core when null. They change no result.
+    `workers` threads decode and resize, and on a CPU encode too, each a batch of its own: fewer take less
+    memory. One per core when null. They change no result.
     """
 
     backbones: tuple[str, ...]
@@ -109,10 +111,9 @@ class ShardStore:
             advance(len(batch))
             return file
         rows = []
-        plain = self.backbone.preprocessing
-        for pixels in pixels_ahead(batch, plain, self.backbone.batch_size, self.workers):
-            rows.append(self.backbone.encode_pixels(pixels))
-            advance(len(pixels))
+        for vectors in encode_all(batch, self.backbone, self.workers):
+            rows.append(vectors)
+            advance(len(vectors))
         write_shard(file, space, [image.image_id for image in batch], np.concatenate(rows))
         self.encoded += len(batch)
         return file
@@ -258,14 +259,34 @@ def grouped(items: Iterable[EncodedImage], size: int) -> Iterator[list[EncodedIm
         yield group
 
 
+def encode_all(
+    images: Sequence[EncodedImage], backbone: Backbone, workers: int
+) -> Iterator[Float[np.ndarray, "images dim"]]:
+    """The images' vectors in order, a batch at a time."""
+    if not backbone.one_core_each:
+        for pixels in pixels_ahead(images, backbone.preprocessing, backbone.batch_size, workers):
+            yield backbone.encode_pixels(pixels)
+        return
+    from attribution.threads import one_core_each  # here, where torch has been imported for the net
+
+    with one_core_each(workers) as pool:
+        batches = grouped(images, backbone.batch_size)
+        yield from pool.map(
+            lambda batch: backbone.encode_pixels(prepare(batch, backbone.preprocessing)), batches
+        )
+
+
+def prepare(
+    images: Sequence[EncodedImage], preprocessing: Preprocessing
+) -> UInt8[np.ndarray, "images height width 3"]:
+    """The images decoded and resized."""
+    return preprocessing.pixels([decode_image(one.data, name=f"image {one.image_id}") for one in images])
+
+
 def pixels_ahead(
     batch: Sequence[EncodedImage], preprocessing: Preprocessing, batch_size: int, workers: int
 ) -> Iterator[UInt8[np.ndarray, "images height width 3"]]:
     """Batches of decoded and resized images in order; `workers` threads make the next while one is in use."""
-
-    def prepare(part: Sequence[EncodedImage]) -> np.ndarray:
-        return preprocessing.pixels([decode_image(one.data, name=f"image {one.image_id}") for one in part])
-
     ahead: deque[list[Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(workers)  # Pillow lets go of the interpreter while it decodes and resizes
     try:
@@ -273,7 +294,7 @@ def pixels_ahead(
             one = batch[start : start + batch_size]
             share = -(-len(one) // workers)
             parts = [one[first : first + share] for first in range(0, len(one), share)]
-            ahead.append([pool.submit(prepare, part) for part in parts])
+            ahead.append([pool.submit(prepare, part, preprocessing) for part in parts])
             if len(ahead) > BATCHES_AHEAD:
                 yield np.concatenate([part.result() for part in ahead.popleft()])
         while ahead:

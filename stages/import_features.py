@@ -16,9 +16,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from attribution.backbones import BackboneSettings, load_backbone
-from attribution.clip_retrieval import check_model, link_features
+from attribution.clip_retrieval import link_features
 from attribution.command import command_line
 from attribution.params import load_params
+from attribution.same_model import check_model
 
 SETS = ("exemplars", "queries", "distractors")
 

@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from attribution.files import atomic_path
 from attribution.mapper import Kind, Mapper, apply_head, whitening
 from attribution.params import load_params
 from attribution.queries import Exemplars, Queries, open_features, read_exemplars, read_queries
+from attribution.threads import one_core_each
 
 HISTORY_COLUMNS = ("epoch", "train_loss", "validation_loss", "validation_map", "validation_recall_at_10")
 PAIRS = {"object": ("object",), "style": ("style",), "joint": ("object", "style")}
@@ -147,21 +147,10 @@ def run(
 def learn_all(
     learn: Callable[[tuple[str, bool]], tuple[Mapper, list[tuple[float, ...]]]], jobs: list[tuple[str, bool]]
 ) -> dict[tuple[str, bool], tuple[Mapper, list[tuple[float, ...]]]]:
-    """What each job gives, side by side on the cores and each on one thread alone.
-
-    One thread gives the same bytes on any number of cores, and two that wait for each other at matrices this
-    small were slower than one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            done = tqdm(
-                pool.map(learn, jobs), total=len(jobs), desc="train_mapper", unit="mapper", disable=None
-            )
-            return dict(zip(jobs, done, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    """What each job gives, side by side on the cores."""
+    with one_core_each(min(len(jobs), os.cpu_count() or 1)) as pool:
+        done = tqdm(pool.map(learn, jobs), total=len(jobs), desc="train_mapper", unit="mapper", disable=None)
+        return dict(zip(jobs, done, strict=True))
 
 
 def fit(

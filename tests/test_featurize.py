@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -24,7 +25,16 @@ from attribution.features import FeatureSet
 from attribution.files import DiskFullError, sha256_bytes, sha256_file
 from attribution.images import ImageError, decode_image, write_image_table
 from attribution.preprocessing import Preprocessing
-from stages.featurize import EncodedImage, Params, grouped, main, pixels_ahead, read_encoded, run
+from stages.featurize import (
+    EncodedImage,
+    Params,
+    encode_all,
+    grouped,
+    main,
+    pixels_ahead,
+    read_encoded,
+    run,
+)
 
 SETTINGS = BackboneSettings("pixels", None, None, 4, "float32", 3)
 PARAMS = Params(("pixels",), 4, {"pixels": SETTINGS})
@@ -258,6 +268,30 @@ def test_workers_change_nothing_and_leave_no_thread(data: Path) -> None:
     plain = Preprocessing("squash", 8, 8, "box", (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(ImageError, match="image bad: not an image"):
         list(pixels_ahead(images, plain, 2, 3))
+    assert threading.active_count() == before
+
+
+def test_threads_of_one_core_each_encode_in_order_and_leave_torch_as_it_was(data: Path) -> None:
+    asked, threads = list(read_encoded(data / "world" / "exemplars.parquet")), torch.get_num_threads()
+    before = threading.active_count()
+    alone = load_backbone("pixels", SETTINGS, root=data)
+    seen = set()
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        return alone.forward(pixels)
+
+    several = dataclasses.replace(alone, forward=forward, one_core_each=True)
+    wanted = [decode_image(one.data) for one in asked]
+    for workers in (1, 4):
+        batches = list(encode_all(asked, several, workers))
+        assert [len(batch) for batch in batches] == [3, 3, 3]
+        np.testing.assert_array_equal(np.concatenate(batches), alone.encode(wanted))
+    assert {of_torch for _, of_torch in seen} == {1}
+    assert threading.main_thread().name not in {name for name, _ in seen}
+    with pytest.raises(ImageError, match="image bad: not an image"):
+        list(encode_all([*asked, EncodedImage("bad", b"no image", "")], several, 2))
+    assert torch.get_num_threads() == threads
     assert threading.active_count() == before
 
 

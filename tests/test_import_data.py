@@ -23,11 +23,11 @@ from PIL import Image
 
 from attribution import intake
 from attribution.backbone_settings import BackboneSettings
-from attribution.clip_retrieval import check_model
 from attribution.concepts import read_concepts
 from attribution.files import DiskFullError
 from attribution.images import decode_image, read_image_table, table_parts
 from attribution.params import load_params
+from attribution.same_model import check_model
 from attribution.splits import Shares
 from stages import import_data
 from stages.import_data import Params, run

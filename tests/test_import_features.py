@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from attribution.backbones import BackboneSettings
-from attribution.clip_retrieval import check_model, describe, link_features
+from attribution.captions import describe
+from attribution.clip_retrieval import link_features
 from attribution.features import LENGTH_ONE, FeatureSet, Space, check_same_space
 from attribution.files import sha256_bytes
+from attribution.same_model import check_model
 from stages import import_features
 
 PLAIN = Space(backbone="clip", revision="r1", preprocessing="resize 224", dim=8, dtype="float16")

@@ -16,7 +16,7 @@ import yaml
 
 from attribution.__main__ import main as attribute
 from attribution.backbones import BackboneSettings, load_backbone
-from attribution.clip_retrieval import describe
+from attribution.captions import describe
 from attribution.features import FeatureSet
 from attribution.files import read_json
 from attribution.images import decode_image, write_image_table
