@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,17 @@ class Backbone:
         """One float32 row per image, in order."""
         step = self.batch_size
         batches = [images[start : start + step] for start in range(0, len(images), step)]
-        rows = [self.encode_pixels(self.preprocessing.pixels(batch)) for batch in batches]
+
+        def encode(batch: Sequence[Image.Image]) -> np.ndarray:
+            return self.encode_pixels(self.preprocessing.pixels(batch))
+
+        if self.one_core_each and len(batches) > 1:
+            from attribution.threads import one_core_each
+
+            with one_core_each(len(os.sched_getaffinity(0))) as pool:
+                rows = list(pool.map(encode, batches))
+        else:
+            rows = list(map(encode, batches))
         return np.concatenate([np.empty((0, self.space.dim), np.float32), *rows])
 
     def encode_pixels(

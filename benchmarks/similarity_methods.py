@@ -32,10 +32,21 @@ class Method:
         return self.bytes_for_few if self.bytes_for_few and queries <= 4 else self.bytes_per_value
 
 
+def _in_large_pages(gallery: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The gallery in `dtype`, in memory of numpy's, which asks for large pages; torch's allocator does not.
+
+    So is the memory in which this machine's limit is measured.
+    """
+    if dtype == torch.float32:
+        return torch.from_numpy(gallery)
+    held = torch.from_numpy(np.empty(gallery.shape, np.uint16)).view(dtype)
+    return held.copy_(torch.from_numpy(gallery))
+
+
 def _ours(storage: str, influence: bool, compressed: bool = False) -> Callable[[np.ndarray, int], Search]:
     def build(gallery: np.ndarray, threads: int) -> Search:
         dtype = getattr(torch, storage)
-        held: Any = torch.from_numpy(gallery).to(dtype)
+        held: Any = _in_large_pages(gallery, dtype)
         if compressed:
             held = similarity.compress(held, threads=threads)
 
@@ -70,7 +81,7 @@ def _faiss(blas_threshold: int | None) -> Callable[[np.ndarray, int], Search]:
 
 def _torch(dtype: torch.dtype) -> Callable[[np.ndarray, int], Search]:
     def build(gallery: np.ndarray, threads: int) -> Search:
-        held = torch.from_numpy(gallery).to(dtype)
+        held = _in_large_pages(gallery, dtype)
         together = max(1, SCORE_BYTES // (len(gallery) * held.element_size()))
 
         def search(queries: np.ndarray, k: int) -> np.ndarray:
