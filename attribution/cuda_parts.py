@@ -77,7 +77,9 @@ def part_of(call: Call, settings: Settings, which: np.ndarray, found: tuple[np.n
         sums = limbs[..., 0] + (limbs[..., 1] * 2**32) + (limbs[..., 2] * 2**64)
         bins = np.stack([sums // 2**64, sums % 2**64], axis=2).reshape(-1, 8).astype(np.uint64)
     arrays_of_part = (begin, ids, scores, wide, tops, bins, beyond)
-    return parts.Part(settings.k, settings.inv_tau, settings.b, call.rows, *arrays_of_part)
+    return parts.Part(
+        settings.k, settings.inv_tau, settings.b, similarity.WINDOW_CAP, call.rows, *arrays_of_part
+    )
 
 
 def mass_of(call: Call, settings: Settings, which: np.ndarray, part: parts.Part) -> parts.Mass:

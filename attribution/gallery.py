@@ -17,6 +17,8 @@ from attribution.similarity import Attribution
 
 # Float32 rows that are read and mapped at a time. The best k of each block are sorted: few blocks are faster.
 BLOCK_BYTES = 1 << 28
+# Scores and ids (12 bytes) that Attributions hold at most, of the rows so far, of a block, and of both.
+HELD_BYTES, ITEM_BYTES = 1 << 30, 3 * 12
 
 
 # Is told the next mapped distractors, and the place of each: ascending in a block.
@@ -89,7 +91,8 @@ class Gallery:
 class Attributions:
     """What `similarity.attribute` says of the mapped gallery, to the bit, by each calibrator.
 
-    `queries` are mapped. Beside a block, k + 2048 scores and ids of each query at most are in memory.
+    `queries` are mapped. Beside a block, up to HELD_BYTES are in memory, or more if k of each query are: the
+    more queries there are, the sooner one needs a second walk.
     """
 
     def __init__(
@@ -104,6 +107,8 @@ class Attributions:
         self.gallery, self.mapper, self.queries = gallery, mapper, queries
         self.calibrators, self.k = calibrators, k
         self.rows = 0
+        items = HELD_BYTES // (ITEM_BYTES * max(1, len(queries) * len(calibrators)))
+        self.window = max(0, items - k)
         self.wholes: dict[str, parts.Part] = {}
         self.add(mapper.map_real(gallery.exemplars), np.arange(len(gallery.exemplars)))
 
@@ -111,7 +116,13 @@ class Attributions:
         """Retrieves from the next rows, whatever their places."""
         for name, one in self.calibrators.items():
             part = parts.retrieve_part(
-                self.queries, distractors, first_row=self.rows, k=self.k, inv_tau=one.inv_tau, b=one.b
+                self.queries,
+                distractors,
+                first_row=self.rows,
+                k=self.k,
+                inv_tau=one.inv_tau,
+                b=one.b,
+                window=self.window,
             )
             self.wholes[name] = parts.merge(self.wholes[name], part) if name in self.wholes else part
         self.rows += len(distractors)

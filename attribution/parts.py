@@ -24,13 +24,14 @@ class Part:
     """What some rows of a gallery say about each query.
 
     Of query q: ids and scores [begin[q], begin[q + 1]): its top k in order, then the others that have weight
-    beside its best score. A wide query has too many of those and keeps its top k alone. tops, bins and
-    beyond hold the softmax sums where b = 0.
+    beside its best score. A wide query has more than `window` of those and keeps its top k alone. tops, bins
+    and beyond hold the softmax sums where b = 0.
     """
 
     k: int
     inv_tau: float
     b: float
+    window: int
     rows: int  # of the gallery
     begin: Int64[np.ndarray, " queries_and_end"]
     ids: Int64[np.ndarray, " items"]
@@ -75,14 +76,20 @@ def retrieve_part(
     scale: Any = None,
     offset: Any = None,
     threads: int | None = None,
+    window: int | None = None,
 ) -> Part:
-    """The part of these gallery rows, which are rows first_row, first_row + 1, ... of the whole gallery."""
+    """The part of these gallery rows, which are rows first_row, first_row + 1, ... of the whole gallery.
+
+    A smaller `window` than similarity.WINDOW_CAP takes less memory and more often a second walk.
+    """
     k = similarity.check_settings(k, inv_tau, b)
     call = similarity.Call(queries, gallery, scale, offset, "cpu", threads)
+    threads, cap, batch = call.limits()
+    window = cap if window is None else min(window, cap)
     arrays = similarity.load_extension().retrieve_part(
-        *call.extension_inputs(), k, float(inv_tau), float(b), *call.limits(), first_row
+        *call.extension_inputs(), k, float(inv_tau), float(b), threads, window, batch, first_row
     )
-    return Part(k, float(inv_tau), float(b), call.inputs.rows, *arrays)
+    return Part(k, float(inv_tau), float(b), window, call.inputs.rows, *arrays)
 
 
 def merge(*parts: Part) -> Part:
@@ -98,10 +105,11 @@ def merge(*parts: Part) -> Part:
             raise ValueError(
                 f"merge: wanted parts of the same queries, got {len(first.wide)} and {len(part.wide)}"
             )
+    window = min(part.window for part in parts)
     arrays = similarity.load_extension().merge(
-        [part._arrays() for part in parts], first.k, first.inv_tau, first.b, similarity.WINDOW_CAP
+        [part._arrays() for part in parts], first.k, first.inv_tau, first.b, window
     )
-    return Part(first.k, first.inv_tau, first.b, sum(part.rows for part in parts), *arrays)
+    return Part(first.k, first.inv_tau, first.b, window, sum(part.rows for part in parts), *arrays)
 
 
 def weigh(

@@ -90,14 +90,14 @@ def test_blocks_are_the_gallery_in_its_order(tmp_path: Path, blocks: None, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("k", "cap"), [(10, 2048), (3, 5), (1000, 0)])
+@pytest.mark.parametrize(("k", "held"), [(10, 1 << 30), (3, 8 * QUERIES * 2 * 36), (1000, 0)])
 def test_attribution_is_that_of_the_whole(
-    tmp_path: Path, blocks: None, kind: Kind, k: int, cap: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, blocks: None, kind: Kind, k: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gallery, mapper = draw_gallery(tmp_path / "features"), draw_mapper(kind, 1)
     queries = mapper.map_synth(draw_queries(gallery)[0])
     mapped = np.concatenate(list(gallery.mapped_blocks(mapper)))
-    monkeypatch.setattr(similarity, "WINDOW_CAP", cap)  # a small one asks for a second walk
+    monkeypatch.setattr(gallery_module, "HELD_BYTES", held)  # few ask for a second walk
     found = attribute_all(gallery, mapper, queries, CALIBRATORS, k=k)
     for name, one in CALIBRATORS.items():
         wanted = similarity.attribute(queries, mapped, k=k, inv_tau=one.inv_tau, b=one.b)

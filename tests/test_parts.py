@@ -41,17 +41,19 @@ def assert_identical(a: similarity.Attribution, b: similarity.Attribution) -> No
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=field)
 
 
-@pytest.mark.parametrize("cap", [2048, 20, 0])
+@pytest.mark.parametrize("windows", [(2048,), (20,), (0,), (2048, 7)])
 @pytest.mark.parametrize("cuts", [[], [700], [1, 1, 97, 600, 1500]])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_any_tree_of_parts_gives_the_whole(
-    world, settings: dict, cuts: list[int], cap: int, monkeypatch
+    world, settings: dict, cuts: list[int], windows: tuple[int, ...]
 ) -> None:
     queries, gallery = world
     want = similarity.attribute(queries, gallery, **settings)
-    monkeypatch.setattr(similarity, "WINDOW_CAP", cap)
     shards = shards_of(gallery, cuts)
-    pieces = [parts.retrieve_part(queries, shard, first_row=first, **settings) for first, shard in shards]
+    pieces = [
+        parts.retrieve_part(queries, shard, first_row=first, window=window, **settings)
+        for (first, shard), window in zip(shards, itertools.cycle(windows), strict=False)
+    ]
 
     flat = parts.merge(*pieces)
     left = parts.merge(pieces[0])
@@ -97,10 +99,9 @@ def test_parts_that_do_not_fit_are_refused(world) -> None:
         parts.weigh(queries[:2], gallery, part)
 
 
-def test_a_wide_part_is_not_concluded_without_its_mass(world, monkeypatch) -> None:
+def test_a_wide_part_is_not_concluded_without_its_mass(world) -> None:
     queries, gallery = world
-    monkeypatch.setattr(similarity, "WINDOW_CAP", 0)
-    part = parts.retrieve_part(queries, gallery, first_row=0, k=1, inv_tau=0.1, b=-0.5)
+    part = parts.retrieve_part(queries, gallery, first_row=0, k=1, inv_tau=0.1, b=-0.5, window=0)
     with pytest.raises(
         ValueError, match=r"conclude: 7 queries have weight outside the part; do: conclude\(whole, sum"
     ):
