@@ -49,6 +49,7 @@ CODE = tuple(
     if module.__file__
 )
 BATCHES_AHEAD = 2
+FEWEST_BATCHES = 16  # that a shard is divided into on a CPU, so that of few images, too, every core has some
 COMPARED = 16  # pictures that are encoded again where ready features still have theirs
 
 
@@ -269,11 +270,12 @@ def encode_all(
         return
     from attribution.threads import one_core_each  # here, where torch has been imported for the net
 
+    def encode(batch: Sequence[EncodedImage]) -> np.ndarray:
+        return backbone.encode_pixels(prepare(batch, backbone.preprocessing))
+
+    size = min(backbone.batch_size, -(-len(images) // FEWEST_BATCHES))
     with one_core_each(workers) as pool:
-        batches = grouped(images, backbone.batch_size)
-        yield from pool.map(
-            lambda batch: backbone.encode_pixels(prepare(batch, backbone.preprocessing)), batches
-        )
+        yield from pool.map(encode, grouped(images, size))
 
 
 def prepare(

@@ -282,11 +282,11 @@ def test_threads_of_one_core_each_encode_in_order_and_leave_torch_as_it_was(data
         return alone.forward(pixels)
 
     several = dataclasses.replace(alone, forward=forward, one_core_each=True)
-    wanted = [decode_image(one.data) for one in asked]
-    for workers in (1, 4):
-        batches = list(encode_all(asked, several, workers))
-        assert [len(batch) for batch in batches] == [3, 3, 3]
-        np.testing.assert_array_equal(np.concatenate(batches), alone.encode(wanted))
+    wanted = alone.encode([decode_image(one.data) for one in asked])
+    for workers, times, batch in ((1, 1, 1), (4, 1, 1), (4, 6, 3)):
+        batches = list(encode_all(asked * times, several, workers))
+        assert {len(one) for one in batches} == {batch}
+        np.testing.assert_array_equal(np.concatenate(batches), np.tile(wanted, (times, 1)))
     assert {of_torch for _, of_torch in seen} == {1}
     assert threading.main_thread().name not in {name for name, _ in seen}
     with pytest.raises(ImageError, match="image bad: not an image"):
