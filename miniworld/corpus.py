@@ -3,9 +3,11 @@
 The distractors of the gallery are its first images, so that the gallery holds what the model was trained on.
 """
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +42,15 @@ def corpus_picture(seed: int, index: int) -> np.ndarray:
 
 def corpus_pictures(seed: int, indices: Iterable[int], *, workers: int) -> Iterator[np.ndarray]:
     """The pictures of `indices`, in order, drawn by `workers` processes."""
+    with process_map(workers) as each:
+        yield from each(partial(corpus_picture, seed), indices)
+
+
+@contextlib.contextmanager
+def process_map(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map` over `workers` processes, results in order."""
     if workers <= 1:
-        yield from map(partial(corpus_picture, seed), indices)
+        yield map
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(corpus_picture, seed), indices, chunksize=250)
+        yield partial(pool.map, chunksize=50)

@@ -7,15 +7,12 @@ Distractors are the first pictures of the corpus that the base model was trained
 another stream of the same generator: no exemplar instance occurs in the corpus.
 """
 
-import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -26,7 +23,7 @@ from attribution.images import write_image_table
 from attribution.params import load_params
 from miniworld.captions import PLACES, describe_object, full_caption
 from miniworld.concepts import Counts, draw_concepts
-from miniworld.corpus import corpus_scene
+from miniworld.corpus import corpus_scene, process_map
 from miniworld.draw import render
 from miniworld.scene import Scene
 
@@ -44,16 +41,6 @@ class Params:
     workers: int
 
 
-@contextlib.contextmanager
-def processes(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map` over `workers` processes, results in order."""
-    if workers <= 1:
-        yield map
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield partial(pool.map, chunksize=50)
-
-
 def picture(scene: Scene) -> bytes:
     """The scene as a PNG."""
     buffer = io.BytesIO()
@@ -65,7 +52,7 @@ def exemplar_table(params: Params) -> pa.Table:
     """One row per exemplar image."""
     concepts = draw_concepts(params.seed, params.objects, params.styles, fresh_every=params.fresh_every)
     pairs = [(concept, scene) for concept in concepts for scene in concept.scenes]
-    with processes(params.workers) as each:
+    with process_map(params.workers) as each:
         images = list(each(picture, [scene for _, scene in pairs]))
     rows = [
         {
@@ -97,7 +84,7 @@ def distractor(seed: int, index: int) -> dict[str, object]:
 
 def distractor_tables(params: Params) -> Iterator[pa.Table]:
     """The distractors in parts of `distractors_per_part` rows."""
-    with processes(params.workers) as each:
+    with process_map(params.workers) as each:
         rows = each(partial(distractor, params.seed), range(params.distractors))
         drawn = iter(tqdm(rows, total=params.distractors, desc="distractors", disable=None))
         while part := list(itertools.islice(drawn, params.distractors_per_part)):

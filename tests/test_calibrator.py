@@ -191,3 +191,8 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_reach_of_the_released_calibrator() -> None:
     assert Calibrator(16.1587, -0.0385).reach() == pytest.approx(0.2016, abs=1e-4)
     assert Calibrator(16.1587, 0.0).reach() == np.inf
+
+
+def test_a_missing_calibrator_is_named_with_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"clip\.json: no such file; run: dvc repro calibrate$"):
+        Calibrator.load(tmp_path / "clip.json")
