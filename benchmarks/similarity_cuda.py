@@ -1,11 +1,11 @@
 """Exact attribution on a GPU against what others offer and the device's own limits: a table and a JSON file.
 
-    python -m benchmarks.similarity_cuda [--rows 10000000] [--queries 1 64 1024] [--k 100] [--seconds 240]
+    python -m benchmarks.similarity_cuda [--rows 10000000] [--queries 1 64 1024] [--k 100] [--only ours] [--seconds 240]
 
 Times are medians of CUDA events around warm calls on random unit vectors that exceed the L2 cache many times
 over. The floor of a case is the time to read the gallery once at the bandwidth that a copy reaches in this
-run, or to multiply at the rate that cuBLAS reaches in this run, whichever is longer. Nothing is written for
-cases that the time did not suffice for.
+run, or to multiply at the rate that cuBLAS reaches in this run, whichever is longer. Where a call's time goes, kernel by
+kernel, is told by PyTorch's profiler. Nothing is written for cases that the time did not suffice for.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -54,6 +55,20 @@ def median_ms(run: Callable[[], Any], most_seconds: float = float("inf")) -> dic
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return {"ms": statistics.median(times), "least_ms": min(times), "calls": len(times)}
+
+
+def kernel_ms(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """Of one warm call: the launches of each kernel, and their milliseconds together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = re.sub(r"^void |\(anonymous namespace\)::|attribution::cuda::|\(.*", "", event.name)
+            launches, ms = spent.get(name, (0, 0.0))
+            spent[name] = [launches + 1, ms + event.device_time / 1e3]
+    return dict(sorted(spent.items(), key=lambda item: -item[1][1])[:8])
 
 
 def ceilings() -> dict[str, float]:
@@ -131,6 +146,11 @@ class Case:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             held = found()
+        try:
+            spent = kernel_ms(found)
+        except Exception as error:  # no right to ask, perhaps
+            spent = {f"{type(error).__name__}: {error}": [0, 0.0]}
+        print(json.dumps({"queries": len(self.queries), "kernels": spent}), flush=True)
         methods: dict[str, Callable[[], Any]] = {
             "ours": found,
             "ours, as a graph": graph.replay,
@@ -138,7 +158,7 @@ class Case:
         }
         self.measure(
             methods, deadline, float("inf"),
-            kernel=cuda_library.kernel_allowed(), unsettled_queries=unsettled, peak_bytes=peak - outputs,
+            kernel=cuda_library.kernel_allowed(), unsettled_queries=unsettled, peak_bytes=peak - outputs, kernels=spent,
         )  # fmt: skip
         del held
 
@@ -166,6 +186,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 1024, 16, 256, 4096])
     parser.add_argument("--k", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this long")
+    parser.add_argument("--only", choices=("ours", "peers"), help="leave the others out")
     results = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     parser.add_argument("--output", type=Path, default=results / "similarity_cuda.json")
     options = parser.parse_args()
@@ -188,7 +209,8 @@ def main() -> None:
         Case(gallery, queries[:count], k, result["ceilings"]) for k in options.k for count in options.queries
     ]
     # Ours first: the time may not suffice for all of the others.
-    for measure in (Case.measure_ours, Case.measure_peers):
+    measures = {"ours": Case.measure_ours, "peers": Case.measure_peers}
+    for measure in [measures[options.only]] if options.only else measures.values():
         for case in cases:
             try:
                 measure(case, deadline)

@@ -18,9 +18,7 @@ void check(cudaError_t error, const char* what) {
 }
 #endif
 
-namespace {
-
-thread_local std::string failure;
+// Not in the unnamed namespace: nvcc leaves out a function whose parameters are of it, extern "C" or not.
 
 // Everything about some queries; the same for all calls about them.
 struct Plan {
@@ -40,6 +38,10 @@ struct Search {
   int64_t k;
   Weighing weighing;
 };
+
+namespace {
+
+thread_local std::string failure;
 
 enum Place { packed, query, selected, buffer, scratch, fault, slabs, all, places };
 
