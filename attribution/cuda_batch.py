@@ -30,13 +30,15 @@ class Batch:
         capacity: int,
     ) -> None:
         self.library, self.device, self.which, self.capacity = library, device, which, capacity
+        if isinstance(values, np.ndarray) and not values.flags.writeable:
+            values = values.copy()  # or torch warns
         self.values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values).to(device)
         self.offset = None if offset is None else torch.from_numpy(offset).to(device)
         self.shape = (len(which), values.shape[1], cuda.STORAGES.index(storage), capacity)
         self.size = ENQUEUED_NORM  # not known without waiting
         if isinstance(values, np.ndarray):
-            squares = (values.astype(np.float64) ** 2).sum(axis=1)
-            self.size = float(np.sqrt(squares.max(initial=0))) * 1.001
+            most = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+            self.size = most * values.shape[1] ** 0.5 * 1.001
         self.largest_offset = 0.0 if offset is None else float(np.abs(offset).max(initial=0))
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         self.processors = properties.multi_processor_count if properties else 3
@@ -71,21 +73,34 @@ class Batch:
     def release(self) -> None:
         """The workspace may be used for others."""
         self.workspace = None
-        del self.selected, self.keys, self.fault, self.tensors
+        del self.tensors
 
     def _allocate(self, slabs: int) -> None:
         self.at = self.library.layout(*self.shape, slabs)
         self.workspace = allocate((self.at["all"],), torch.uint8, self.device, "candidates")
-        self.selected = self._words("selected", self.shape[0], cuda.SELECTED_WORDS, torch.int32)
-        self.keys = self._words("buffer", self.shape[0], self.capacity, torch.int64)
-        self.fault = self._words("fault", 1, 1, torch.int64)
-        self.fault.fill_(-1)
         values, offset, workspace = cuda.pointers(self.values, self.offset, self.workspace)
         self.plan = cuda.Plan(
             *self.shape, values, offset, workspace, None, slabs, self.processors, self.hopper, 0,
             stream_of(self.device),
         )  # fmt: skip
         self.fresh = True
+
+    # What the device has written; looked for when it is read, not while the device waits for its first work.
+
+    @property
+    def selected(self) -> torch.Tensor:
+        """[queries, SELECTED_WORDS]"""
+        return self._words("selected", self.shape[0], cuda.SELECTED_WORDS, torch.int32)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[queries, capacity]"""
+        return self._words("buffer", self.shape[0], self.capacity, torch.int64)
+
+    @property
+    def fault(self) -> torch.Tensor:
+        """[1, 1]"""
+        return self._words("fault", 1, 1, torch.int64)
 
     def _words(self, place: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         assert self.workspace is not None
@@ -173,7 +188,8 @@ class Batch:
 
     def answers(self) -> list[np.ndarray]:
         """ids and scores; if b < 0, also influence, support, shown, remainder, of narrow queries. Waits."""
-        return [tensor.cpu().numpy()[self.kept] for tensor in self.tensors]
+        whole = len(self.kept) == self.shape[0]
+        return [tensor.cpu().numpy()[... if whole else self.kept] for tensor in self.tensors]
 
     def enqueue_answers(self, search: cuda.Search, *, influence: bool = True) -> list[torch.Tensor]:
         """Final candidates, and in device memory what `answers` returns. Does not wait."""

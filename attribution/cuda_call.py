@@ -76,7 +76,8 @@ class Call:
 
     def batch(self, which: np.ndarray, capacity: int) -> Batch:
         """These queries on the device, with room for candidates."""
-        values, offset = self.queries[which], None if self.offset is None else self.offset[which]
+        some = in_a_row(which)
+        values, offset = self.queries[some], None if self.offset is None else self.offset[some]
         return Batch(
             self.library, self.device, self.gallery.storage, which, values, offset, min(capacity, self.rows)
         )
@@ -103,6 +104,13 @@ class Call:
         if isinstance(self.gallery, Streamed):
             together = max(1, WORKSPACE_BYTES // (size * bytes_each))
         return [batches[first : first + together] for first in range(0, len(batches), together)]
+
+
+def in_a_row(which: np.ndarray) -> slice | np.ndarray:
+    """The same ascending numbers, as a slice if none is missing between them: that copies nothing."""
+    if len(which) and which[-1] - which[0] == len(which) - 1:
+        return slice(int(which[0]), int(which[-1]) + 1)
+    return which
 
 
 def on_host(values: Any) -> Any:

@@ -89,6 +89,7 @@ class Library:
         """Why the last call of this thread failed, or found no device."""
         return str(self._functions.attribution_cuda_failure().decode())
 
+    @functools.cache  # noqa: B019 - one library, a few shapes
     def layout(self, *shape: int) -> dict[str, int]:
         """Offsets into the workspace of (queries, dim, storage, capacity, slabs), and its size as "all"."""
         at = (c_int64 * len(PLACES))()

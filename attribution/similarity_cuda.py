@@ -17,7 +17,7 @@ import numpy as np
 from attribution import cuda_library as cuda
 from attribution import parts, similarity
 from attribution import similarity_arrays as arrays
-from attribution.cuda_call import Call, Settings, on_host
+from attribution.cuda_call import Call, Settings, in_a_row, on_host
 from attribution.cuda_enqueue import Enqueued, enqueue
 from attribution.cuda_gallery import Gallery
 from attribution.cuda_parts import mass_of, part_of, retrieve_part, weigh
@@ -59,8 +59,9 @@ def attribute(
     for batch in walked(call, settings, np.arange(count)):
         narrow = ~batch.wide() & (settings.b < 0)
         if narrow.any():
+            some, of_batch = in_a_row(batch.which[narrow]), in_a_row(np.flatnonzero(narrow))
             for field, values in zip(fields, batch.answers(), strict=True):
-                field[batch.which[narrow]] = values[narrow]
+                field[some] = values[of_batch]
         if not narrow.all():
             left.append((batch.which[~narrow], batch.candidates(~narrow)))
     for which, (begin, ids, scores) in left:
@@ -86,7 +87,8 @@ def search(
     settings, count = Settings(k, None, 0.0), len(call.queries)
     ids, scores = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
     for batch in walked(call, settings, np.arange(count)):
-        ids[batch.which], scores[batch.which] = batch.answers()
+        some = in_a_row(batch.which)
+        ids[some], scores[some] = batch.answers()
     return ids, scores
 
 

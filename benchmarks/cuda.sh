@@ -114,8 +114,8 @@ fi
 
 # What comes after the benchmark keeps some time for itself.
 after=0
-if wants tests; then after=$((after + 90)); fi
-if wants sanitizers; then after=$((after + 110)); fi
+if wants tests; then after=$((after + 75)); fi
+if wants sanitizers; then after=$((after + 50)); fi
 if wants benchmark; then
   TAIL=45 step benchmark $(($(left) - after)) env ATTRIBUTION_CUDA_KERNEL=$kernel OUT="$results" \
     "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - after - 15)) || true
@@ -130,7 +130,8 @@ sys.exit(pytest.main())' -q -p no:cacheprovider --tb=short --maxfail=20 -o fault
   pytest+=(-W default)  # packages of other versions than the project's may warn
   # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
   "$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
-  if wants sanitizers; then after=110; else after=0; fi
+  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 5); fi
+  if wants sanitizers; then after=50; else after=0; fi
   TAIL=30 step tests $(($(left) - after - 10)) env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" \
     tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 || true
   gather cuda_tests.log tests

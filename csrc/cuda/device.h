@@ -57,7 +57,7 @@ struct Selected {
   float cut;       // as of a score; -inf before k rows were seen
   uint32_t fill;   // candidates, also those that found no room
   uint32_t exact;  // so many of them, the first ones, have canonical scores
-  uint32_t before; // fill before the chunk that is being walked
+  uint32_t before; // fill before the chunk that is being walked: what the last settling left
   uint32_t status;
   uint32_t wide;   // has more weight outside its top k than is kept
 };
@@ -161,9 +161,8 @@ void pack_queries(const Batch& batch, cudaStream_t stream);
 // slabs: [batch.slab_count], in host memory
 void note_slabs(const Batch& batch, const Slab* slabs, cudaStream_t stream);
 // What happens after a chunk: drops what is hopeless, raises cuts. exactly: leaves canonical scores, top k and window alone.
-void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, cudaStream_t stream);
-// Before a chunk is walked: notes the fill to come back to. direct: so many rows go to slots of their own, or 0.
-void open_chunk(const Batch& batch, int64_t direct, cudaStream_t stream);
+// direct: so many rows went to slots of their own, or 0.
+void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, cudaStream_t stream);
 // cuts: [queries], or null: those they have. still: [queries], those that are to stay as they are, or null: all go on.
 void set_cuts(const Batch& batch, const float* cuts, const uint32_t* still, cudaStream_t stream);
 // Sorted candidates, of queries that are settled exactly.

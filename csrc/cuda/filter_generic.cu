@@ -10,6 +10,8 @@ constexpr int tile_rows = 128;  // of the gallery
 constexpr int stages = 3;
 constexpr int stage_lines = query_tile + tile_rows;
 constexpr size_t stage_bytes = size_t(stage_lines) * line_bytes;
+using WarpHits = Hits<32>;  // sm_86 has no room for more
+constexpr size_t shared_bytes = stages * stage_bytes + threads / 32 * WarpHits::bytes;
 static_assert(tile_rows == stripe_rows, "a tile has one error bound");
 
 // Lines of 128 bytes; the 16-byte piece p of line l lies at place p ^ (l % 8), so that neither writing a line nor
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
   };
   for (int stage = 0; stage < stages - 1; ++stage) load_next(stage);
 
+  WarpHits hits(memory + stages * stage_bytes + warp * WarpHits::bytes);
   int stage = 0;
   for (int64_t i = 0; i < own; ++i) {
     const int64_t tile = blockIdx.x + i * gridDim.x;
@@ -109,10 +112,11 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
         const Query query = batch.query[q];
         const float threshold = threshold_of(bound_of<tile_rows>(slab, query, first_row), query);
         sift<16>(
-            batch, slab, chunk, batch.query + q, threshold, q, first_row + warp_row + lane % 4 * 2,
+            hits, batch, slab, chunk, threshold, q, first_row + warp_row + lane % 4 * 2,
             [&](int v) { return sums[m][v / 2][half * 2 + v % 2]; }, [](int v) { return v / 2 * 8 + v % 2; });
       }
   }
+  hits.flush(batch, slab, chunk);
   wait_for_copies<0>();
 }
 
@@ -124,7 +128,7 @@ void filter_generic(const Batch& batch, const Slab& slab, const Chunk& chunk, in
   const auto kernel = batch.storage == int(Storage::float32)   ? filter_kernel<Storage::float32>
                       : batch.storage == int(Storage::float16) ? filter_kernel<Storage::float16>
                                                                : filter_kernel<Storage::bfloat16>;
-  launch("filter", kernel, tiles < processors ? tiles : processors, threads, stages * stage_bytes, stream, 1, batch, slab, chunk);
+  launch("filter", kernel, tiles < processors ? tiles : processors, threads, shared_bytes, stream, 1, batch, slab, chunk);
 }
 
 }  // namespace attribution::cuda

@@ -26,6 +26,9 @@ constexpr int group_lines = 64;  // queries of one consumer
 constexpr int box_rows = 128;
 constexpr size_t barrier_bytes = 1024;
 constexpr size_t most_shared = 227 << 10;
+using WarpHits = Hits<128>;
+template <class Shape>
+constexpr size_t hits_bytes = Shape::consumers * 4 * WarpHits::bytes;  // after the ring
 
 template <class Shape>
 constexpr size_t stage_bytes = size_t(Shape::tile_rows + (Shape::resident ? 0 : Shape::consumers * group_lines)) * line_bytes;
@@ -38,7 +41,7 @@ size_t resident_bytes(int64_t line) {
 }
 template <class Shape>
 int stages_of(int64_t line) {
-  const size_t used = barrier_bytes + resident_bytes<Shape>(line);
+  const size_t used = barrier_bytes + hits_bytes<Shape> + resident_bytes<Shape>(line);
   const size_t stages = used < most_shared ? (most_shared - used) / stage_bytes<Shape> : 0;
   return int(stages < 12 ? stages : 12);
 }
@@ -125,6 +128,7 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
         arrive(empty(stage));
       }
     };
+    WarpHits hits(shared_memory() + (stage_at(stages) - memory) + size_t((group - 1) * 4 + warp) * WarpHits::bytes);
     if constexpr (Shape::resident) wait(ready, 0);
     int stage = 0, before = 0;
     uint32_t parity = 0;
@@ -165,9 +169,10 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         sift<tile_rows / 4>(
-            batch, slab, chunk, batch.query + first_query + half * 8, threshold[half], first_query + half * 8, first_row + lane % 4 * 2,
+            hits, batch, slab, chunk, threshold[half], first_query + half * 8, first_row + lane % 4 * 2,
             [&](int v) { return sums[v / 2 * 4 + half * 2 + v % 2]; }, [](int v) { return v / 2 * 8 + v % 2; });
     }
+    hits.flush(batch, slab, chunk);
   }
   // Nobody leaves while another block may still arrive at its barriers.
   __syncwarp();
@@ -189,7 +194,7 @@ void walk(const Batch& batch, const Slab& slab, const Chunk& chunk, int processo
   const TensorMap queries_map = map_of(batch.packed, storage, batch.line / bytes_of(storage), batch.padded, batch.line, group_lines);
   const TensorMap rows_map = map_of(slab.rows, storage, batch.dim, slab.count, slab.stride, box_rows);
   const int stages = stages_of<Shape>(batch.line);
-  const size_t bytes = barrier_bytes + resident_bytes<Shape>(batch.line) + size_t(stages) * stage_bytes<Shape>;
+  const size_t bytes = barrier_bytes + resident_bytes<Shape>(batch.line) + size_t(stages) * stage_bytes<Shape> + hits_bytes<Shape>;
   const int query_groups = Shape::resident ? 1 : batch.padded / query_tile / Shape::cluster;
   const int64_t tiles = ((chunk.end + Shape::tile_rows - 1) / Shape::tile_rows - chunk.begin / Shape::tile_rows) * query_groups;
   const int64_t clusters = processors / Shape::cluster;

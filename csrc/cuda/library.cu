@@ -95,9 +95,8 @@ void filter(const Plan& plan, const Batch& batch, const Slab& slab, int64_t begi
 }
 
 void walk_chunk(const Plan& plan, const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, const Search& search, bool exactly) {
-  open_chunk(batch, direct ? end - begin : 0, stream_of(plan));
   filter(plan, batch, slab, begin, end, direct);
-  settle(batch, search.k, search.weighing, exactly, stream_of(plan));
+  settle(batch, search.k, search.weighing, exactly, direct ? end - begin : 0, stream_of(plan));
 }
 
 template <class Work>
@@ -168,7 +167,7 @@ int attribution_cuda_measure(const Slab* slab, int64_t storage, int64_t dim, con
   return attempt([&] { measure_rows(*slab, int(storage), int(dim), norms, stripes, refused, static_cast<cudaStream_t>(stream)); });
 }
 
-// Packs the queries, forgets all candidates. The fault word is the caller's to set to all ones.
+// Packs the queries, forgets all candidates and faults.
 int attribution_cuda_begin(const Plan* plan) {
   return attempt([&] {
     const Batch batch = batch_of(*plan);
@@ -211,14 +210,14 @@ int attribution_cuda_set_cuts(const Plan* plan, const float* cuts, const uint32_
 
 // Canonical scores for all candidates, while their rows are there.
 int attribution_cuda_settle(const Plan* plan, const Search* search) {
-  return attempt([&] { settle(batch_of(*plan), search->k, search->weighing, true, stream_of(*plan)); });
+  return attempt([&] { settle(batch_of(*plan), search->k, search->weighing, true, 0, stream_of(*plan)); });
 }
 
 // Sorted candidates with canonical scores; and, where `answers` is given, all there is to say of narrow queries.
 int attribution_cuda_finish(const Plan* plan, const Search* search, const Answers* answers) {
   return attempt([&] {
     const Batch batch = batch_of(*plan);
-    settle(batch, search->k, search->weighing, true, stream_of(*plan));
+    settle(batch, search->k, search->weighing, true, 0, stream_of(*plan));
     sort_candidates(batch, stream_of(*plan));
     if (answers != nullptr) conclude(batch, search->k, search->weighing, *answers, stream_of(*plan));
   });
@@ -236,7 +235,6 @@ int attribution_cuda_tally(const Plan* plan, int64_t slab, int64_t tally, const 
 int attribution_cuda_count(const Plan* plan, int64_t slab, int64_t begin, int64_t end, const Tallied* tallied) {
   return attempt([&] {
     const Batch batch = batch_of(*plan);
-    open_chunk(batch, 0, stream_of(*plan));
     filter(*plan, batch, plan->slabs[slab], begin, end, false);
     count_candidates(batch, *tallied, stream_of(*plan));
   });

@@ -98,6 +98,7 @@ __device__ float value_packed(uint32_t bits, int storage) {
 // One warp, one query.
 __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   const int q = int(blockIdx.x) * 8 + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (q == 0 && lane == 0) *batch.fault = ~Key(0);
   if (q >= batch.padded) return;
   unsigned char* line = batch.packed + q * batch.line;
   const int bytes = batch.storage == int(Storage::float32) ? 4 : 2;
@@ -157,13 +158,6 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   batch.selected[q] = Selected{query.cut, 0, 0, 0, real ? fine : frozen, 0};
 }
 
-__global__ void open_kernel(Batch batch, int64_t direct) {
-  const int q = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (q >= batch.queries) return;
-  batch.selected[q].before = batch.selected[q].fill;
-  if (direct > 0) batch.selected[q].fill = uint32_t(direct);
-}
-
 struct SomeSlabs {
   Slab slab[16];
 };
@@ -181,11 +175,7 @@ void measure_rows(const Slab& slab, int storage, int dim, const Stripe* norms, S
 }
 
 void pack_queries(const Batch& batch, cudaStream_t stream) {
-  if (batch.padded > 0) launch("pack queries", pack_kernel, (batch.padded + 7) / 8, 256, 0, stream, 1, batch);
-}
-
-void open_chunk(const Batch& batch, int64_t direct, cudaStream_t stream) {
-  if (batch.queries > 0) launch("open chunk", open_kernel, (batch.queries + 255) / 256, 256, 0, stream, 1, batch, direct);
+  launch("pack queries", pack_kernel, batch.padded > 0 ? (batch.padded + 7) / 8 : 1, 256, 0, stream, 1, batch);
 }
 
 void note_slabs(const Batch& batch, const Slab* slabs, cudaStream_t stream) {

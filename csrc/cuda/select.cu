@@ -168,9 +168,10 @@ __device__ float scaled_cut(float cut, const Query& query) {
   return fabsf(cut) < ATTRIBUTION_INFINITY ? float(scaled - fabs(scaled) * 0x1p-21) : cut;
 }
 
-__global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k, Weighing weighing, bool exactly) {
+__global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k, Weighing weighing, bool exactly, int64_t direct) {
   const int q = blockIdx.x;
   Selected mine = batch.selected[q];
+  if (direct > 0) mine.fill = uint32_t(direct);
   const Query query = batch.query[q];
   __syncthreads();
   if (mine.status != fine) return;
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
 
   // What k items certainly reach. An item that certainly is below goes, without its canonical score.
   if (int64_t(count) > k) {
+#pragma unroll 4  // each waits for three loads in turn
     for (uint32_t i = threadIdx.x; i < count; i += threads) {
       const float error = i < exact ? 0.0f : error_of_item(batch, query, row_of(items[i]));
       certain[i] = ordered(score_of(items[i]) - error);
@@ -201,8 +203,9 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
     if (thresholds && !mine.wide) floor = fminf(floor, lowest(weighing, unordered(uint32_t(largest))));
     mine.cut = floor;
     compact(items, count, exact, [&](uint32_t i, Key key) {
-      const float score = score_of(key);
-      return score + (i < exact ? 0.0f : error_of_item(batch, query, row_of(key))) >= floor;
+      // As far above the score as `certain` is below it, and what the two roundings may have taken from that.
+      const float score = score_of(key), error = score - unordered(certain[i]);
+      return score + (error + (fabsf(score) + error) * 0x1p-22f) >= floor;
     });
   }
 
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
     }
   }
   if (threadIdx.x != 0) return;
-  mine.fill = count;
+  mine.fill = mine.before = count;
   mine.exact = exact;
   batch.selected[q] = mine;
   batch.query[q].cut = scaled_cut(mine.cut, query);
@@ -381,8 +384,8 @@ __global__ void cut_kernel(Batch batch, const float* cuts, const uint32_t* still
 
 }  // namespace
 
-void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, cudaStream_t stream) {
-  if (batch.queries > 0) launch("settle", settle_kernel, batch.queries, threads, sizeof(Shared), stream, 1, batch, k, weighing, exactly);
+void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, cudaStream_t stream) {
+  if (batch.queries > 0) launch("settle", settle_kernel, batch.queries, threads, sizeof(Shared), stream, 1, batch, k, weighing, exactly, direct);
 }
 
 void sort_candidates(const Batch& batch, cudaStream_t stream) {
