@@ -1,6 +1,7 @@
 """Some queries on the device: their workspace, and the calls of the library that walk rows for them."""
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Batch:
         self.fresh = True
         self.workspace: torch.Tensor | None = None
         self.cuts: torch.Tensor | None = None
+        self.answer_shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
         self.noted: list[Rows] = []
 
     def note(self, rows: list[Rows], largest: float) -> None:
@@ -73,7 +75,7 @@ class Batch:
     def release(self) -> None:
         """The workspace may be used for others."""
         self.workspace = None
-        del self.tensors
+        del self.block
 
     def _allocate(self, slabs: int) -> None:
         self.at = self.library.layout(*self.shape, slabs)
@@ -150,8 +152,9 @@ class Batch:
 
     def finish(self, search: cuda.Search) -> np.ndarray:
         """Candidates are final and sorted; True for the queries that overflowed. Waits."""
-        self.tensors = self.enqueue_answers(search, influence=search.b < 0)
-        overflowed = self.overflowed()
+        self.enqueue_answers(search, influence=search.b < 0)
+        self.words = self.selected.cpu().numpy()
+        overflowed = self.words[:, cuda.STATUS] == 1
         self.require_finite_scores()
         self.kept = np.flatnonzero(~overflowed)
         return overflowed
@@ -170,13 +173,13 @@ class Batch:
         return self
 
     def wide(self) -> np.ndarray:
-        """True for queries with more weight outside their top k than is kept. Waits."""
-        return self.selected[:, cuda.WIDE].cpu().numpy()[self.kept] != 0
+        """True for queries with more weight outside their top k than is kept."""
+        return self.words[self.kept, cuda.WIDE] != 0
 
     def candidates(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the wanted ones among these queries: begin, ids and scores, sorted. Waits."""
         chosen = self.kept[wanted]
-        fill = self.selected[:, cuda.FILL].cpu().numpy()[chosen].astype(np.int64)
+        fill = self.words[chosen, cuda.FILL].astype(np.int64)
         begin = np.concatenate([[0], np.cumsum(fill)]).astype(np.int64)
         # Only what was written: reading the rest would hide, from initcheck, what should not be read.
         at = np.arange(begin[-1]) + np.repeat(chosen * self.capacity - begin[:-1], fill)
@@ -189,19 +192,31 @@ class Batch:
     def answers(self) -> list[np.ndarray]:
         """ids and scores; if b < 0, also influence, support, shown, remainder, of narrow queries. Waits."""
         whole = len(self.kept) == self.shape[0]
-        return [tensor.cpu().numpy()[... if whole else self.kept] for tensor in self.tensors]
+        return [tensor.numpy()[... if whole else self.kept] for tensor in self._answers_in(self.block.cpu())]
 
     def enqueue_answers(self, search: cuda.Search, *, influence: bool = True) -> list[torch.Tensor]:
         """Final candidates, and in device memory what `answers` returns. Does not wait."""
         count, k = self.shape[0], search.k
-        shapes: list[tuple[tuple[int, ...], torch.dtype]]
-        shapes = [((count, k), torch.int64), ((count, k), torch.float32)]
+        self.answer_shapes = [((count, k), torch.int64), ((count, k), torch.float32)]
         if influence:
-            shapes += [((count, k), torch.float32), ((count,), torch.int64)]
-            shapes += [((count,), torch.float32), ((count,), torch.float32)]
-        tensors = [allocate(shape, dtype, self.device, "answers") for shape, dtype in shapes]
+            self.answer_shapes += [((count, k), torch.float32), ((count,), torch.int64)]
+            self.answer_shapes += [((count,), torch.float32), ((count,), torch.float32)]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.answer_shapes]
+        self.block = allocate(
+            (sum(-(-size // 8) * 8 for size in sizes),), torch.uint8, self.device, "answers"
+        )
+        tensors = self._answers_in(self.block)
         answers = cuda.Answers(*cuda.pointers(*tensors))
         self.library.finish(ctypes.byref(self.plan), ctypes.byref(search), ctypes.byref(answers))
+        return tensors
+
+    def _answers_in(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """One behind the other, so that one copy fetches them all."""
+        tensors, at = [], 0
+        for shape, dtype in self.answer_shapes:
+            size = math.prod(shape) * dtype.itemsize
+            tensors.append(block[at : at + size].view(dtype).view(shape))
+            at += -(-size // 8) * 8
         return tensors
 
     # Walks with sums.

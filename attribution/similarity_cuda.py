@@ -59,9 +59,9 @@ def attribute(
     for batch in walked(call, settings, np.arange(count)):
         narrow = ~batch.wide() & (settings.b < 0)
         if narrow.any():
-            some, of_batch = in_a_row(batch.which[narrow]), in_a_row(np.flatnonzero(narrow))
+            to, of_batch = in_a_row(batch.which[narrow]), in_a_row(np.flatnonzero(narrow))
             for field, values in zip(fields, batch.answers(), strict=True):
-                field[some] = values[of_batch]
+                field[to] = values[of_batch]
         if not narrow.all():
             left.append((batch.which[~narrow], batch.candidates(~narrow)))
     for which, (begin, ids, scores) in left:
