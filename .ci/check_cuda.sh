@@ -57,6 +57,11 @@ fail() {
   echo "$1" >&2
   exit 1
 }
+# nvcc leaves out functions that it takes for the file's own.
+declared=$(grep -cE "^[a-z].* \*?attribution_cuda_[a-z_]+\(" csrc/cuda/library.cu)
+exported=$(nm "$out/library_90.o" | grep -c " T attribution_cuda_")
+[ "$exported" -eq "$declared" ] || fail "library.cu: wanted $declared functions in the object, got $exported"
+
 report=$out/filter_hopper_90a.log
 kernels=$(grep -c "Compiling entry function.*hopper_kernel" "$report")
 [ "$kernels" -eq 9 ] || fail "filter_hopper.cu: wanted 9 kernels in the report, got $kernels"

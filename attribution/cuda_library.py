@@ -119,7 +119,8 @@ def kernel_allowed() -> str:
 def sources_digest(csrc: Path) -> str:
     """The digest that CMakeLists.txt builds into the library: of csrc/cuda and of the headers it includes."""
     names = sorted(path for path in (csrc / "cuda").iterdir() if path.suffix in (".h", ".cu"))
-    return similarity.sources_digest([csrc / "contract.h", csrc / "exponential.h", *names])
+    shared = [csrc / name for name in ("contract.h", "exponential.h", "team.cpp", "team.h")]
+    return similarity.sources_digest([*shared, *names])
 
 
 @functools.cache

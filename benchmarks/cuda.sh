@@ -114,34 +114,19 @@ fi
 
 # What comes after the benchmark keeps some time for itself.
 after=0
-if wants tests; then after=$((after + 75)); fi
-if wants sanitizers; then after=$((after + 50)); fi
+if wants tests || wants sanitizers; then after=70; fi
 if wants benchmark; then
   TAIL=45 step benchmark $(($(left) - after)) env ATTRIBUTION_CUDA_KERNEL=$kernel OUT="$results" \
-    "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - after - 15)) || true
+    "$python" -m benchmarks.similarity_cuda --seconds $(($(left) - after - 10)) || true
   gather cuda_benchmark.log benchmark
 fi
 
-if wants tests; then
-  # Out of time, pytest is interrupted, and still says what has failed; a test that hangs shows where.
-  pytest=("$python" -c 'import signal, sys, pytest
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-sys.exit(pytest.main())' -q -p no:cacheprovider --tb=short --maxfail=20 -o faulthandler_timeout=60 -o minversion=7)
-  pytest+=(-W default)  # packages of other versions than the project's may warn
-  # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
-  "$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
-  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 5); fi
-  if wants sanitizers; then after=50; else after=0; fi
-  TAIL=30 step tests $(($(left) - after - 10)) env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" \
-    tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 || true
-  gather cuda_tests.log tests
-fi
-
+# Nothing is timed any more: none of what follows minds the others' company.
 if wants sanitizers; then
   only_ours=--kernel-name
   compute-sanitizer --help 2>/dev/null | grep -q -e --kernel-name || only_ours=--kernel-regex  # before CUDA 12
-  until_end=$(($(left) - 10))
-  for tool in memcheck racecheck initcheck synccheck; do  # none minds the others' company
+  until_end=$(($(left) - 5))
+  for tool in memcheck racecheck initcheck synccheck; do
     options=(--tool "$tool" --error-exitcode 1 --print-limit 20 --launch-timeout 120)
     # initcheck must see PyTorch's kernels write what ours read.
     if [ "$tool" != initcheck ]; then options+=("$only_ours" kns=attribution); fi
@@ -151,9 +136,22 @@ if wants sanitizers; then
     TAIL=4 step "$tool" "$until_end" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
       "$python" -m benchmarks.cuda_short &
   done
-  wait
-  gather cuda_sanitizers.log memcheck racecheck initcheck synccheck
 fi
+if wants tests; then
+  # Out of time, pytest is interrupted, and still says what has failed; a test that hangs shows where.
+  pytest=("$python" -c 'import signal, sys, pytest
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(pytest.main())' -q -p no:cacheprovider --tb=short --maxfail=20 -o faulthandler_timeout=60 -o minversion=7)
+  pytest+=(-W default)  # packages of other versions than the project's may warn
+  # conftest.py checks shapes with beartype, and skips what is marked gpu where there is none.
+  "$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
+  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 5); fi
+  TAIL=30 step tests $(($(left) - 5)) env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" \
+    tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 || true
+  gather cuda_tests.log tests
+fi
+wait
+if wants sanitizers; then gather cuda_sanitizers.log memcheck racecheck initcheck synccheck; fi
 summarize
 echo "all in $((SECONDS - begin)) s; results in $results"
 cat "$results/summary.json"

@@ -173,6 +173,14 @@ def test_a_streamed_gallery_takes_little_memory() -> None:
     assert torch.cuda.max_memory_allocated() - before < 400 << 20
 
 
+def test_pinned_rows_are_sent_from_where_they_lie() -> None:
+    queries, stored, want = world(8, 12, 200_000, 100)
+    wide = torch.empty((len(stored), 107), dtype=stored.dtype, pin_memory=True)
+    wide[:, 3:103] = stored
+    for gallery in (stored.pin_memory(), wide[:, 3:103]):
+        assert_same(want, similarity.attribute(queries, gallery, impl="cuda", **SETTINGS))
+
+
 def test_a_call_takes_little_memory_beside_the_gallery() -> None:
     queries, stored, _ = world(7, 2048, 100_000, 128)
     place = similarity_cuda.Gallery(stored)

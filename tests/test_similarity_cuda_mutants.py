@@ -125,7 +125,7 @@ def compare(count: int, rows: int, dim: int) -> None:
 def mutated(folder: Path, name: str, source: str) -> cuda_library.Library:
     """A library with other text in one of the files."""
     (folder / "cuda").mkdir()
-    for path in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*")]:
+    for path in [*CSRC.glob("*.h"), *CSRC.glob("team.cpp"), *CSRC.glob("cuda/*")]:
         (folder / path.relative_to(CSRC)).symlink_to(path)
     (folder / "cuda" / name).unlink()
     (folder / "cuda" / name).write_text(source)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "device.h"
+#include "link.h"
 
 namespace attribution::cuda {
 
@@ -156,6 +157,21 @@ int attribution_cuda_use_device(int64_t device) {
     check(cudaSetDevice(int(device)), "use device");
 #endif
   });
+}
+
+// Link.h's, by its address.
+int attribution_cuda_open_link(int64_t device, int64_t threads, void* pinned, int64_t piece_bytes, void** link) {
+  return attempt([&] { *link = new Link(int(device), int(threads), static_cast<unsigned char*>(pinned), piece_bytes); });
+}
+int attribution_cuda_send(void* link, const void* from, int64_t stride, int64_t row_bytes, int64_t rows, void* to, int64_t pitch, int64_t staged,
+                          void* stream) {
+  return attempt([&] {
+    static_cast<Link*>(link)->send(static_cast<const unsigned char*>(from), stride, row_bytes, rows, static_cast<unsigned char*>(to), pitch,
+                                   staged != 0, static_cast<cudaStream_t>(stream));
+  });
+}
+int attribution_cuda_close_link(void* link) {
+  return attempt([&] { delete static_cast<Link*>(link); });
 }
 
 // Offsets into the workspace: packed queries, query records, selected, candidates, scratch, fault, slabs; then its size.
