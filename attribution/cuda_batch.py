@@ -201,23 +201,22 @@ class Batch:
         if influence:
             self.answer_shapes += [((count, k), torch.float32), ((count,), torch.int64)]
             self.answer_shapes += [((count,), torch.float32), ((count,), torch.float32)]
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.answer_shapes]
-        self.block = allocate(
-            (sum(-(-size // 8) * 8 for size in sizes),), torch.uint8, self.device, "answers"
-        )
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.answer_shapes)
+        self.block = allocate((size,), torch.uint8, self.device, "answers")
         tensors = self._answers_in(self.block)
         answers = cuda.Answers(*cuda.pointers(*tensors))
         self.library.finish(ctypes.byref(self.plan), ctypes.byref(search), ctypes.byref(answers))
         return tensors
 
     def _answers_in(self, block: torch.Tensor) -> list[torch.Tensor]:
-        """One behind the other, so that one copy fetches them all."""
-        tensors, at = [], 0
-        for shape, dtype in self.answer_shapes:
+        """One behind the other, for one copy to fetch; the wide ones first, so that none is padded."""
+        found: dict[int, torch.Tensor] = {}
+        at = 0
+        for i, (shape, dtype) in sorted(enumerate(self.answer_shapes), key=lambda one: -one[1][1].itemsize):
             size = math.prod(shape) * dtype.itemsize
-            tensors.append(block[at : at + size].view(dtype).view(shape))
-            at += -(-size // 8) * 8
-        return tensors
+            found[i] = block[at : at + size].view(dtype).view(shape)
+            at += size
+        return [found[i] for i in range(len(found))]
 
     # Walks with sums.
 

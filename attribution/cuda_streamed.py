@@ -21,9 +21,9 @@ from attribution.cuda_rows import (
     require_usable,
 )
 
-SLAB_BYTES = 64 << 20  # of each of two buffers on the device
+SLAB_BYTES = 128 << 20  # of each of two buffers on the device
 PIECE_BYTES = 2 << 20  # that one thread copies into pinned memory at a time
-MOST_COPIERS = 16  # threads that do so
+MOST_COPIERS = 12  # threads that do so: more get in the way of whoever feeds the device
 
 
 class Streamed:

@@ -1,4 +1,4 @@
-"""What a world would cost: GPU hours, disk and memory by stage, from measured rates alone.
+"""What a world would cost: hours of one device, disk and memory by stage, from measured rates alone.
 
 `python -m benchmarks.costs [full] [--readme README.md]` multiplies the sizes in worlds/<name>/params.yaml by
 the rates in benchmarks/results/rates.json, which benchmarks at full size record (benchmarks.rates). A rate
@@ -22,7 +22,7 @@ from stages import calibrate, featurize, synthesize, train_mapper
 from stages.image_requests import KINDS
 from stages.report import rewrite
 
-HEADER = ("stage", "how many", "a second", "GPU hours", "disk, GB", "memory, GB", "measured on")
+HEADER = ("stage", "how many", "a second", "hours", "disk, GB", "memory, GB", "measured on")
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,15 @@ def cells(work: Work, rate: Rate | None) -> list[str]:
         work.name,
         count,
         f"{1 / rate.seconds:,.4g}",
-        f"{gpu_hours(work, rate):,.1f}",
+        f"{hours(work, rate):,.1f}",
         "" if disk is None else f"{disk / 1e9:,.1f}",
         "" if rate.peak_bytes is None else f"{rate.peak_bytes / 1e9:,.1f}",
         f"{rate.device} (`{rate.measured_by}`)",
     ]
 
 
-def gpu_hours(work: Work, rate: Rate) -> float:
+def hours(work: Work, rate: Rate) -> float:
+    """Of the device that it was measured on, alone."""
     return work.items * rate.seconds / 3600
 
 
@@ -122,9 +123,12 @@ def total(work: Iterable[Work], rates: Mapping[str, Rate]) -> list[str]:
     if not measured:
         return ["all", f"0 of {len(listed)} rows measured", "", "", "", "", ""]
     disk = [found for one, rate in measured if (found := disk_bytes(one, rate)) is not None]
-    hours = sum(gpu_hours(one, rate) for one, rate in measured)
+    spent: dict[str, float] = {}
+    for one, rate in measured:
+        spent[rate.device] = spent.get(rate.device, 0.0) + hours(one, rate)
+    by_device = "; ".join(f"{total:,.1f} of {device}" for device, total in spent.items())
     said = f"{len(measured)} of {len(listed)} rows measured"
-    return ["all", said, "", f"{hours:,.1f}", f"{sum(disk) / 1e9:,.1f}" if disk else "", "", ""]
+    return ["all", said, "", by_device, f"{sum(disk) / 1e9:,.1f}" if disk else "", "", ""]
 
 
 def table(work: Iterable[Work], rates: Mapping[str, Rate]) -> str:

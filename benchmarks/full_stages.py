@@ -6,7 +6,8 @@ customized model, its queries turned by one rotation and noise, so that ranks ru
 The mappers are that rotation undone, and rotations at random as controls; their numbers mean nothing. Each
 stage runs in a process of its own with the settings of worlds/full/params.yaml, while its anonymous memory is
 read every 20 ms: pages of mapped files, which the system takes back when it likes, do not count. Prints a
-line for each stage and adds it to benchmarks/results/full_stages.json under `--label`.
+line for each stage and adds it to benchmarks/results/full_stages.json under `--label`; with --record, what a
+score took also goes to the cost sheet (benchmarks.rates).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from attribution.files import read_json, write_json
 from attribution.images import write_image_table
 from attribution.mapper import Kind, Mapper
 from attribution.params import load_params
-from benchmarks.rates import machine
+from benchmarks.rates import Rate, machine, record
 from stages import calibrate, evaluate
 
 WORLD = Path("worlds/full/params.yaml")
@@ -193,6 +194,15 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def rate_of(row: dict[str, Any], settings: dict[str, Any]) -> Rate:
+    """What one score of a query against a distractor took, of this machine's whole time."""
+    calibrating = row["stage"] == "calibrate"
+    models, each = ("val_models", 4) if calibrating else ("test_models", settings["queries_per_model"])
+    scores = settings[models] * each * settings["distractors"]
+    by = "python -m benchmarks.full_stages --record"
+    return Rate(row["seconds"] / scores, machine(), by, peak_bytes=row["peak_anonymous_bytes"])
+
+
 def anonymous_bytes(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -213,6 +223,7 @@ def main() -> None:
     parser.add_argument("--id-characters", type=int, default=40, help="of the id of a distractor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="now", help="the name that the figures are kept under")
+    parser.add_argument("--record", action="store_true", help="keep the rates for the cost sheet")
     parser.add_argument("--folder", type=Path, help="where the world is kept, or already is")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -232,6 +243,8 @@ def main() -> None:
             rows.append(measure(name, folder))
             anonymous = rows[-1]["peak_anonymous_bytes"] / 1e9
             print(f"{options.label}: {name}: {rows[-1]['seconds']:,.1f} s, {anonymous:.2f} GB of its own")
+            if options.record:
+                record(name, rate_of(rows[-1], read_json(folder / "settings.json")))
         said = {**read_json(folder / "settings.json"), "machine": machine(), "rows": rows}
         write_json(options.output, {**report, options.label: said})
     finally:

@@ -75,7 +75,9 @@ def _by_groups(
     block_q = 16 if count <= 16 else 64 if count <= 64 else 128
     maxima = torch.empty((count, groups), device=gallery.device)
     sums = torch.empty((count, groups), device=gallery.device)
-    grid = (triton.cdiv(count, block_q), triton.cdiv(rows, 128))
+    # One axis: a grid's second one ends at 65,535. Query tiles innermost, so that rows come from memory once.
+    query_tiles = triton.cdiv(count, block_q)
+    grid = (query_tiles * triton.cdiv(rows, 128),)
     _group_kernel[grid](
         queries,
         gallery,
@@ -113,8 +115,10 @@ if triton is not None:
         queries, gallery, maxima, sums, count, rows, dim, groups, inv_tau,
         block_q: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, group: tl.constexpr,
     ):  # fmt: skip
-        q = tl.program_id(0) * block_q + tl.arange(0, block_q)
-        n = tl.program_id(1).to(tl.int64) * block_n + tl.arange(0, block_n)
+        query_tiles = tl.cdiv(count, block_q)
+        tile = tl.program_id(0) // query_tiles
+        q = tl.program_id(0) % query_tiles * block_q + tl.arange(0, block_q)
+        n = tile.to(tl.int64) * block_n + tl.arange(0, block_n)
         scores = tl.zeros((block_q, block_n), tl.float32)
         for first in range(0, dim, block_d):
             d = first + tl.arange(0, block_d)
@@ -125,7 +129,7 @@ if triton is not None:
         grouped = tl.reshape(scores, (block_q, block_n // group, group))
         largest = tl.max(grouped, 2)
         scaled = tl.sum(tl.exp((grouped - largest[:, :, None]) * inv_tau), 2)
-        g = tl.program_id(1) * (block_n // group) + tl.arange(0, block_n // group)
+        g = tile * (block_n // group) + tl.arange(0, block_n // group)
         to = q[:, None].to(tl.int64) * groups + g
         inside = (q[:, None] < count) & (g < groups)
         tl.store(maxima + to, largest, mask=inside)

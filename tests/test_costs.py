@@ -58,13 +58,13 @@ def test_a_rate_fills_its_row_and_no_other() -> None:
     vectors = 80 * 7435 + 1_011_703
     assert found["featurize@clip"][1:5] == ["1,000", "0.4", f"{vectors * 512 * 4 / 1e9:.1f}", "3.0"]
     assert found["featurize@dino"][1] == "not measured"
-    assert found["all"] == [f"2 of {len(found) - 1} rows measured", "", "7,435.4", "285.8", "", ""]
+    assert found["all"] == [f"2 of {len(found) - 1} rows measured", "", "7,435.4 of one GPU", "285.8", "", ""]
 
 
 def test_what_a_rate_lacks_is_empty_too() -> None:
     found = rows(costs.table(costs.work_of(PARAMS), {"synthesize": Rate(1.0, "one GPU", "x")}))
     assert found["synthesize"] == ["594,800 images", "1", "165.2", "", "", "one GPU (`x`)"]
-    assert found["all"][1:4] == ["", "165.2", ""]
+    assert found["all"][1:4] == ["", "165.2 of one GPU", ""]
 
 
 def test_rates_stay_beside_each_other(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attribution import cuda_library, similarity
+from attribution import cuda_library, cuda_walk, similarity
 from tests import oracle
 from tests.cuda_emulation import CSRC, compile_emulated, emulate
 from tests.test_similarity import assert_same
@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore:.*fork:Dep
 # Queries, rows and depth at which every ring of stages comes round: resident, alone, in clusters of two.
 FEW, MANY, PAIRS = (3, 259, 840), (66, 140, 600), (129, 140, 328)
 SHALLOW = (3, 259, 64)
+# Rows beyond the first chunk, whose scores reach their buffers by way of a warp's hits.
+CHUNKS = (66, 1300, 64)
 HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
 
 
@@ -68,6 +70,16 @@ HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
         pytest.param(
             MANY, "epilogue.h", "left &= left - 1", "left = 0", id="one hit of sixteen values"
         ),
+        pytest.param(CHUNKS, HOPPER, "hits.flush(batch, slab, chunk);", "", id="keeps a warp's last hits"),
+        pytest.param(CHUNKS, GENERIC, "hits.flush(batch, slab, chunk);", "", id="the same, generic"),
+        pytest.param(
+            CHUNKS, "epilogue.h", "if (count + more > held) flush(", "if (count > held) flush(",
+            id="one hit more than there is room for",
+        ),
+        pytest.param(
+            CHUNKS, "epilogue.h", "__popc(all & ((1u << threadIdx.x % 32) - 1))", "__popc(0u)",
+            id="hits of a warp in one place",
+        ),
         pytest.param(
             MANY, HOPPER, "line_bytes / bytes_of(storage)", "256 / bytes_of(storage)", id="box too wide"
         ),
@@ -95,7 +107,7 @@ def test_a_wrong_kernel_shows(
     assert outcome(world) != 0
 
 
-@pytest.mark.parametrize("world", [FEW, MANY, PAIRS])
+@pytest.mark.parametrize("world", [FEW, MANY, PAIRS, CHUNKS])
 @pytest.mark.parametrize("unit", [GENERIC, HOPPER])
 def test_the_right_kernel_passes(world: tuple[int, int, int], unit: str, tmp_path: Path, monkeypatch) -> None:
     """Also from a copy, so that what fails above fails for its one line."""
@@ -117,6 +129,8 @@ def compare(count: int, rows: int, dim: int) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(0), count, rows, dim)
     stored = torch.from_numpy(gallery).bfloat16()
     settings = {"k": 5, "inv_tau": 16.0, "b": -0.04}
+    if (count, rows, dim) == CHUNKS:
+        cuda_walk.plan_chunks = lambda *_: (700, 256, 3)  # room, first chunk, growth; this process ends here
     want = similarity.attribute(queries, stored, impl="cpu", threads=1, **settings)
     for _ in range(3):  # the dice fall otherwise each time
         assert_same(want, similarity.attribute(queries, stored, impl="cuda", **settings))
