@@ -6,8 +6,9 @@ thread count, batching, sharding and instruction set returns the same bits.
 
 A gallery is one [rows, dim] array or a sequence of such shards, numpy (memory-mapped ones too) or torch
 of float32, float16 or bfloat16; it is read where it lies. On a GPU (impl="cuda", or the gallery lies
-there: CUDA tensors, `attribution.similarity_cuda.Gallery`) the same answers come bit for bit. Wherever
-arrays do not fit together, ValueError or TypeError says which and how.
+there: CUDA tensors, `attribution.similarity_cuda.Gallery`; ATTRIBUTION_IMPL=cuda is impl="cuda" wherever
+it is not said) the same answers come bit for bit. Wherever arrays do not fit together, ValueError or
+TypeError says which and how.
 
 A gallery that is asked often can be compressed once: every function here takes `compress(gallery)` in the
 gallery's place, reads half the bytes that bfloat16 has (for up to 4 queries a third), and answers with the
@@ -204,7 +205,11 @@ def check_settings(k: int, inv_tau: float, b: float) -> int:
 
 
 def on_cuda(impl: str, gallery: Any) -> bool:
-    """True if the GPU is asked for, or left the choice and the gallery lies there."""
+    """True if the GPU is asked for, here or by ATTRIBUTION_IMPL, or has the gallery and the choice."""
+    if impl == "auto" and (wanted := os.environ.get("ATTRIBUTION_IMPL", "")):
+        if wanted not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"ATTRIBUTION_IMPL: wanted auto, cpu or cuda, got {wanted!r}")
+        impl = wanted
     first = gallery[0] if isinstance(gallery, list | tuple) and gallery else gallery
     return impl == "cuda" or (impl == "auto" and bool(getattr(first, "is_cuda", False)))
 

@@ -107,6 +107,18 @@ def test_nothing_in_nothing_out(device: str, count: int, rows: int, b: float) ->
         assert (similarity.count_larger(queries, place, levels, impl="cuda") == 0).all()
 
 
+def test_the_environment_may_choose(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, gallery = oracle.planted(np.random.default_rng(3), 3, 300, 16)
+    settings = {"k": 2, "inv_tau": 16.0, "b": -0.04}
+    assert similarity.attribute(queries, gallery, **settings).impl == "cpu"
+    monkeypatch.setenv("ATTRIBUTION_IMPL", "cuda")
+    assert similarity.attribute(queries, gallery, **settings).impl == "cuda"
+    assert similarity.attribute(queries, gallery, impl="cpu", **settings).impl == "cpu"
+    monkeypatch.setenv("ATTRIBUTION_IMPL", "gpu")
+    with pytest.raises(ValueError, match="ATTRIBUTION_IMPL: wanted auto, cpu or cuda, got 'gpu'"):
+        similarity.attribute(queries, gallery, **settings)
+
+
 def small_chunks(monkeypatch: pytest.MonkeyPatch, fresh: int = 300) -> None:
     def plan(k: int, window: int, rows: int, queries: int) -> tuple[int, int, int]:
         return k + max(window, k // 2 + 64) + fresh, 256, 4
