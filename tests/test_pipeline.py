@@ -48,7 +48,9 @@ TINY: dict[str, Any] = {
         "distractors": 60,
         "distractors_per_part": 40,
     },
+    # tests/test_workers.py is about several: here each would take longer to start than to work.
     "customize": {
+        "workers": 1,
         "object": {"initializer": "tree"},
         "style": {"initializer": "picture"},
         "concepts_per_batch": 1,
@@ -64,7 +66,7 @@ TINY: dict[str, Any] = {
         "resamples": 20,
         "sampler": {"steps": 2},
     },
-    "synthesize": {"prompts_per_kind": 1, "samples_per_prompt": 2, "sampler": {"steps": 2}},
+    "synthesize": {"workers": 1, "prompts_per_kind": 1, "samples_per_prompt": 2, "sampler": {"steps": 2}},
     "featurize": {"backbones": list(BACKBONES), "shard_rows": 64},
     "train_mapper": {"epochs": 2, "patience": 2, "batch_size": 16, "validation_distractors": 50},
     "evaluate": {"resamples": 20, "gallery_sizes": [30], "top_k": 10, "page_queries": 2},
