@@ -11,7 +11,7 @@ repro: $(UV)
 	$(UV) run dvc repro
 
 test: $(UV)
-	$(UV) run pytest
+	$(UV) run pytest --numprocesses 2 --dist loadfile
 
 lint: $(UV)
 	$(UV) run ruff check

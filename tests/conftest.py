@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 os.environ.setdefault("MPLBACKEND", "Agg")
+# With all threads each, several processes wait for each other.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 import jaxtyping
 import pytest
@@ -16,8 +18,14 @@ check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
 jaxtyping.install_import_hook(["attribution", "stages", "miniworld"], "tests.conftest.check_types")
 
 
+# Minutes in one file: who begins last would work on alone.
+LONGEST = ("test_pipeline.py", "test_workers.py", "test_similarity_cuda.py", "test_gate.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+    """Long files first where several processes share them; tests marked gpu are skipped without a device."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 99)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
