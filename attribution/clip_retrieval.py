@@ -119,6 +119,18 @@ def find_shards(source: Path) -> list[Shard]:
     return [Shard(vectors[number], metadata[number]) for number in sorted(vectors)]
 
 
+def said_missing(source: Path) -> str:
+    """What a report adds where numbers are left out between the shards: clip-retrieval leaves out none."""
+    numbers = {int(shard.vectors.stem.rpartition("_")[2]) for shard in find_shards(source)}
+    missing = sorted(set(range(max(numbers))) - numbers)
+    if not missing:
+        return ""
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return (
+        f"; no shard {', '.join(map(str, missing[:5]))}{more}, though there is {max(numbers)}: is it whole?"
+    )
+
+
 def _open(file: Path, space: Space) -> np.memmap:
     try:
         array = np.lib.format.open_memmap(file, mode="r")

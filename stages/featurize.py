@@ -33,7 +33,7 @@ from tqdm import tqdm
 from attribution import backbone_settings, backbones, images, nets, preprocessing, weights
 from attribution.backbone_settings import ReadyFeatures
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
-from attribution.clip_retrieval import link_features
+from attribution.clip_retrieval import link_features, said_missing
 from attribution.command import command_line
 from attribution.features import FeatureSet, assemble_feature_set, write_shard
 from attribution.files import atomic_path, content_key, read_json, require_space, sha256_bytes
@@ -211,10 +211,12 @@ def link_ready(
         said = f"{len(linked):,} distractors ready made in {source}, {left_out:,} left out as exemplars, "
         pictures = pictures_of(linked, source, COMPARED)
         if not pictures:
-            return said + f"by {ready.model} as params.yaml says: none of their pictures is here"
+            known = f"by {ready.model} as params.yaml says: none of their pictures is here"
+            return said + known + said_missing(source)
         encoded = backbone.encode([decode_image(file) for file in pictures.values()])
         least = least_cosine(source, linked, list(pictures), encoded)
-    return said + f"{len(pictures)} of them encoded again: cosines of {least:.4f} and more"
+    known = f"{len(pictures)} of them encoded again: cosines of {least:.4f} and more"
+    return said + known + said_missing(source)
 
 
 def read_encoded(table: Path) -> Iterator[EncodedImage]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attribution.backbones import BackboneSettings, load_backbone
-from attribution.clip_retrieval import link_features
+from attribution.clip_retrieval import link_features, said_missing
 from attribution.command import command_line
 from attribution.params import load_params
 from attribution.same_model import check_model
@@ -48,7 +48,7 @@ def main() -> None:
         found = link_features(options.folder, path, space, name_column=options.name_column, ids=options.ids)
         print(
             f"import_features: {len(found):,} vectors of dim {found.space.dim} "
-            f"in {len(found.shards)} shards: {path}"
+            f"in {len(found.shards)} shards: {path}{said_missing(options.folder)}"
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from attribution.backbones import BackboneSettings
 from attribution.captions import describe
-from attribution.clip_retrieval import link_features
+from attribution.clip_retrieval import link_features, said_missing
 from attribution.features import LENGTH_ONE, FeatureSet, Space, check_same_space
 from attribution.files import sha256_bytes
 from attribution.same_model import check_model
@@ -173,6 +173,19 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no names": (rename_all, r"metadata_0\.parquet: no column image_path or key or url; it has: a, b, c"),
 }
+
+
+def test_numbers_left_out_are_told(tmp_path: Path) -> None:
+    write_shards(tmp_path / "ready")
+    assert said_missing(tmp_path / "ready") == ""
+    for number in (0, 4):
+        (tmp_path / "ready" / f"img_emb_{number}.npy").unlink()
+        (tmp_path / "ready" / f"metadata_{number}.parquet").unlink()
+    assert said_missing(tmp_path / "ready") == "; no shard 0, 4, though there is 10: is it whole?"
+    for number in range(1, 8):
+        (tmp_path / "ready" / f"img_emb_{number}.npy").unlink(missing_ok=True)
+        (tmp_path / "ready" / f"metadata_{number}.parquet").unlink(missing_ok=True)
+    assert said_missing(tmp_path / "ready").startswith("; no shard 0, 1, 2, 3, 4 and 3 more, though")
 
 
 @pytest.mark.parametrize("name", WRONG)
