@@ -4,12 +4,12 @@
 #     benchmarks/cuda.sh [short] [benchmark] [tests] [sanitizers]
 #
 # All four where none is named; the build comes first in any case, and what a former call built is not built again.
-# Wants python3 with torch, numpy, pybind11 and jaxtyping; cmake, ninja, nvcc. pytest (and xdist), hypothesis, beartype,
-# Triton and compute-sanitizer are used where they are. Nothing is installed, and nothing outside build/ and the folder of results
-# is written: $OUT, or benchmarks/results. A step that fails, hangs or lacks a tool does not keep the others from
-# running: summary.json has each one's exit status (124: it ran out of time) and seconds, beside cuda_build.log,
-# cuda_short.log, cuda_benchmark.log, cuda_tests.log, cuda_sanitizers.log and similarity_cuda.json. Where the Hopper
-# kernel fails cuda_short, benchmark and tests run without it. SECONDS_IN_ALL (570) bounds the whole.
+# Wants python3 with torch, numpy, pybind11 and jaxtyping; cmake, ninja, nvcc. pytest (and xdist), hypothesis,
+# beartype, Triton and compute-sanitizer are used where they are. Nothing is installed, and nothing outside build/ and
+# the folder of results is written: $OUT, or benchmarks/results. A step that fails, hangs or lacks a tool does not
+# keep the others from running: summary.json has each one's exit status (124: it ran out of time) and seconds, beside
+# cuda_build.log, cuda_short.log, cuda_benchmark.log, cuda_tests.log, cuda_sanitizers.log and similarity_cuda.json.
+# Where the Hopper kernel fails cuda_short, benchmark and tests run without it. SECONDS_IN_ALL (570) bounds the whole.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$(realpath -m "${OUT:-benchmarks/results}")

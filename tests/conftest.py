@@ -25,7 +25,8 @@ LONGEST = ("test_pipeline.py", "test_workers.py", "test_similarity_cuda.py", "te
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first where several processes share them; tests marked gpu are skipped without a device."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 99)
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.name, len(order)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -23,7 +23,7 @@ __device__ __forceinline__ Stripe bound_of(const Slab& slab, const Query& query,
 }
 
 // Scores that reached their threshold, of one warp: kept in shared memory until there are many. What says where in its
-// query's buffer a score belongs is a counter in device memory, whose answer takes as long as a quarter of a tile.
+// query's buffer a score belongs is a counter in device memory, whose answer a warp would await for each of them.
 template <int held>
 struct Hits {
   static constexpr size_t bytes = size_t(held) * 12;  // of shared memory
