@@ -23,6 +23,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "mlp": ("weight_in", "bias_in", "weight_out", "bias_out"),
 }
 BLOCK = 8192  # rows mapped at a time
+CACHED = 256  # of which so many are divided by their lengths while they are in the processor's cache
 
 
 def apply_head(kind: str, head: Mapping[str, Any], features: Any) -> Any:
@@ -32,7 +33,9 @@ def apply_head(kind: str, head: Mapping[str, Any], features: Any) -> Any:
     identity, as W = 1, c = 0 and s = 1 are.
     """
     if kind == "linear":
-        return features @ head["weight"].T + head["bias"]
+        mapped = features @ head["weight"].T
+        mapped += head["bias"]  # in place: the arrays are large
+        return mapped
     if kind == "scale":
         return features * head["scale"]
     hidden = features @ head["weight_in"].T + head["bias_in"]
@@ -146,14 +149,21 @@ class Mapper:
         mapped = np.empty(features.shape, np.float32)
         for first in range(0, len(features), BLOCK):
             rows = np.asarray(features[first : first + BLOCK], dtype=np.float32)
-            mapped[first : first + BLOCK] = normalize(apply_head(self.kind, head, rows))
+            normalize(apply_head(self.kind, head, rows), out=mapped[first : first + BLOCK])
         return mapped
 
 
-def normalize(features: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
+def normalize(
+    features: Float[np.ndarray, "rows dim"], *, out: Float[np.ndarray, "rows dim"] | None = None
+) -> Float[np.ndarray, "rows dim"]:
     """Rows of length 1, so that inner products are cosines; a row of zeros stays zero and scores 0."""
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(norms > 0, norms, 1)
+    if out is None:
+        out = np.empty_like(features)
+    for first in range(0, len(features), CACHED):
+        some = slice(first, first + CACHED)
+        norms = np.linalg.norm(features[some], axis=1, keepdims=True)
+        np.divide(features[some], np.where(norms > 0, norms, 1), out=out[some])
+    return out
 
 
 def whitening(

@@ -21,7 +21,7 @@ Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* que
       rows(rows),
       count(int(rows.size())),
       kernels(filter == Filter::codes ? *set.coded_kernels(count)
-                                      : *set.kernels(gallery.storage, count, filter == Filter::precise)),
+                                      : *set.kernels(gallery.storage, count)),
       padded((count + kernels.pad - 1) / kernels.pad * kernels.pad),
       panels(kernels.panel_bytes(padded, gallery.dim)),
       offset(offset || filter == Filter::codes ? size_t(padded) : 0, 0.0f),
@@ -70,6 +70,28 @@ void Batch::bound(const Prepared& prepared, float* errors) const {
                          size * center_norm_ * scale * (dim + 16) * 0x1p-50 +
                          flushed * (depth * (size * scale + norm) + 2.0 * dim * scale + 1.0);
     errors[q] = float(error * 1.01);
+  }
+}
+
+void Batch::bound_closely(const Prepared& prepared, float* errors) const {
+  const int dim = gallery.dim;
+  // Codes tell how far a row is from the center.
+  const double scale = prepared.largest_scale, norm = prepared.largest_norm + center_norm_ * scale;
+  for (int q = 0; q < count; ++q) {
+    const double size = norm_[size_t(q)];
+    const double error = (dim + 16) * close_rounding * (size * norm + std::fabs(own_offset_[size_t(q)]) * scale) +
+                         0x1p-120 * (std::sqrt(double(dim)) * (size * scale + norm) + 2.0 * dim * scale + 1.0);
+    errors[q] = float(error * 1.01);
+  }
+}
+
+void Batch::close_scores(const Block& block, const Candidate* items, int some, int q, float* scores) const {
+  const unsigned char* places[block_rows];
+  for (int i = 0; i < some; ++i) places[i] = block.rows + (items[i].row - block.first_row) * block.stride;
+  set.close_dots(places, some, gallery.storage, query(q), gallery.dim, scores);
+  for (int i = 0; i < some; ++i) {
+    const float* scale = block.row_scale(int(items[i].row - block.first_row));
+    scores[i] = float((double(scores[i]) + own_offset_[size_t(q)]) * (scale ? double(*scale) : 1.0));
   }
 }
 

@@ -17,9 +17,8 @@ struct AlignedBytes {
 };
 
 enum class Filter {
-  fast,
-  precise,  // with float32 arithmetic, where half of it would be faster
-  codes     // of a compressed gallery
+  values,
+  codes  // of a compressed gallery
 };
 
 class Batch {
@@ -31,17 +30,22 @@ class Batch {
 
   // queries: [all, dim]; rows: which of them; offset: [all] or null
   Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
-        const float* offset, Filter filter = Filter::fast);
+        const float* offset, Filter filter = Filter::values);
 
   // |fast score - canonical score| <= error for every row of the block, with room for one rounding of score +- error.
   // errors: [padded]. What a row's own shift adds is in it only if Prepared::largest_shift says so.
   void bound(const Prepared& prepared, float* errors) const;
+  // The same of the scores that close_scores() gives.
+  void bound_closely(const Prepared& prepared, float* errors) const;
   // Can scores of this block leave the range of float, on the way or at the end?
   bool overflows(const Prepared& prepared) const;
 
   // Replaces the candidates' scores by the canonical ones, and their errors by 0. Throws std::invalid_argument if one
   // is not a finite float.
   void rescore(Candidate* items, int64_t count, int q) const;
+
+  // Scores of a query and some rows of one block, up to block_rows, by float32 arithmetic.
+  void close_scores(const Block& block, const Candidate* items, int some, int q, float* scores) const;
 
   // The canonical scores of a whole block for queries [first, first + some), some <= dense_group. scratch: as the
   // instruction set wants it; scores: [some][block_rows]. False if one is not finite.

@@ -101,7 +101,7 @@ struct Emission {
 };
 
 // For `count_larger`. A score above `high` certainly exceeds the threshold, one below `low` certainly does not;
-// one between them is emitted and settled by its canonical score.
+// one between them is emitted, for a closer look.
 struct Counting {
   int thresholds;
   const float* low;  // [thresholds][padded queries]
@@ -128,10 +128,11 @@ struct Kernels {
                    const Counting& counting);
 };
 
+static constexpr double close_rounding = 0x1p-23;
+
 struct InstructionSet {
   const char* name;
-  // precise: with float32 arithmetic, where half of it would be faster
-  const Kernels* (*kernels)(Storage storage, int queries, bool precise);
+  const Kernels* (*kernels)(Storage storage, int queries);
   // The kernel that reads codes, or null where it would not be faster.
   const Kernels* (*coded_kernels)(int queries);
   // The kernel that reads sketches, or nulls. query: [dim] -> panel: [sketched_bytes], step, and shift, the length of what
@@ -151,7 +152,9 @@ struct InstructionSet {
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);
-  // The same for a whole block: queries: [count][padded_dim], zeros after dim -> dots: [count][block_rows]
+  // The same in float32: products and sums are rounded, `close_rounding` relative to |q| |x| for each value.
+  void (*close_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim, float* dots);
+  // canonical_dots for a whole block: queries: [count][padded_dim], zeros after dim -> dots: [count][block_rows]
   int64_t (*canonical_scratch_bytes)(int dim);
   void (*canonical_block)(const Block& block, Storage storage, const float* queries, int count, int dim, double* scratch,
                           double* dots);

@@ -170,41 +170,9 @@ void count_larger(const Gallery& gallery, const Queries& queries, const double* 
   Team team(useful_threads(limits, gallery));
   const Run run{choose_instruction_set(), &team, interrupted};
   for (const std::vector<int64_t>& rows : batches(all_of(queries), limits.query_batch)) {
-    const double* levels = thresholds + rows[0] * count;
-    const size_t size = rows.size() * size_t(count);
-    std::vector<int64_t> certain(size, 0);
-    std::vector<std::vector<int64_t>> settled(size_t(team.size()), std::vector<int64_t>(size, 0));
-    const Batch* current = nullptr;
-    const Scan::Visit settle = [&](int member, int q, Candidate* items, int64_t found) {
-      // Candidates of the careful path come with canonical scores and were counted nowhere.
-      const float error = items->error;
-      std::vector<float> fast(static_cast<size_t>(found));
-      std::transform(items, items + found, fast.begin(), [](const Candidate& item) { return item.score; });
-      if (error != 0) current->rescore(items, found, q);
-      for (int t = 0; t < count; ++t) {
-        const size_t at = size_t(q) * size_t(count) + size_t(t);
-        const double level = levels[at];
-        const float low = Scan::low(level, error), high = Scan::high(level, error);
-        for (int64_t i = 0; i < found; ++i) {
-          if (error != 0 && (fast[size_t(i)] > high || !(fast[size_t(i)] >= low))) continue;  // the kernel was certain
-          const double score = double(items[i].score);
-          settled[size_t(member)][at] += or_equal ? score >= level : score > level;
-        }
-      }
-    };
-    // Levels amid the bulk of the scores leave the half-precision filter unsure so often that float32 is faster.
     const Filters filters(run, gallery, queries, rows);
-    current = &filters.values;
-    const int64_t block = Scan(run, filters.values, filters.of_codes(), nullptr).count(levels, count, certain, settle, 0, 0.004);
-    if (block < gallery.blocks()) {
-      const Batch precise(*run.set, gallery, queries.values, rows, queries.offset, Filter::precise);
-      current = &precise;
-      Scan(run, precise, nullptr, nullptr).count(levels, count, certain, settle, block, 1.0);
-    }
-    for (size_t i = 0; i < size; ++i) {
-      larger[rows[0] * count + int64_t(i)] = certain[i];
-      for (const std::vector<int64_t>& part : settled) larger[rows[0] * count + int64_t(i)] += part[i];
-    }
+    Scan(run, filters.values, filters.of_codes(), nullptr)
+        .count(thresholds + rows[0] * count, count, or_equal, larger + rows[0] * count);
   }
 }
 

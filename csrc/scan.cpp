@@ -88,15 +88,22 @@ void Scan::pour(Member& member, int query) {
   fill = 0;
 }
 
-void Scan::hand_over(Member& member, int first, int queries) {
+void Scan::pour_many(Member& member, int query) {
+  if (member.fill[size_t(query)] >= own_candidates) pour(member, query);
+}
+
+void Scan::hand_over(const Block& block, const Side& side, Member& member, int first, int queries) {
   for (int q = first; q < first + queries; ++q) {
     uint32_t& fill = member.fill[size_t(q)];
-    if (visit_ == nullptr) {
-      if (fill >= own_candidates) pour(member, q);
-      continue;
+    if (thresholds_ == nullptr && visit_ == nullptr) {
+      pour_many(member, q);
+    } else if (fill != 0) {
+      if (thresholds_ != nullptr)
+        decide(block, side, member, q);
+      else
+        (*visit_)(member.id, q, member.buffer.get() + q * own_capacity, fill);
+      fill = 0;
     }
-    if (fill != 0) (*visit_)(member.id, q, member.buffer.get() + q * own_capacity, fill);
-    fill = 0;
   }
 }
 
@@ -120,7 +127,7 @@ void Scan::carefully(const Block& block, int first, Member& member) {
       }
       if (cut_ == nullptr || item.score >= (*cut_)[size_t(q)]) push_exact(member, q, item);
     }
-    hand_over(member, q, 1);
+    hand_over(block, member.values, member, q, 1);
   }
 }
 
@@ -140,7 +147,7 @@ void Scan::densely(const Block& block, Member& member) {
       const float cut = (*cut_)[size_t(first + q)];
       for (int r = 0; r < block.count; ++r)
         if (line[r] >= cut) push_exact(member, first + q, Candidate{block.first_row + r, line[r], 0});
-      hand_over(member, first + q, 1);
+      hand_over(block, member.values, member, first + q, 1);
     }
   }
 }
@@ -157,6 +164,7 @@ void Scan::set_thresholds(Prepared& prepared, Side& side) const {
   side.scale = prepared.largest_scale;
   side.shift = prepared.largest_shift;
   side.batch->bound(prepared, side.error.data());
+  if (thresholds_ != nullptr) side.batch->bound_closely(prepared, side.close_error.data());
   for (int q = 0; q < batch_.count; ++q) {
     const float error = side.error[size_t(q)];
     float lowest = cut_ != nullptr ? low(double((*cut_)[size_t(q)]), error) : infinity;
@@ -190,6 +198,7 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
     return 0;
   }
   Side& side = *member.codes;
+  const Block values = gallery_.block(index);
   Block block = gallery_.coded_block(index);
   if (following < gallery_.blocks()) block.ahead = gallery_.coded_block(following).rows;
   Prepared prepared;
@@ -205,11 +214,12 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   for (int first = 0; first < batch_.count;) {
     const int some = std::min(batch_.kernels.group(batch_.count - first), batch_.count - first);
     const int64_t found = propose(prepared, first, side, member);
-    hand_over(member, first, some);
+    hand_over(values, side, member, first, some);
     first += some;
     // A candidate costs what codes save on so many products, and less is saved where more queries share a row's bytes.
-    // One that is visited is scored at once.
-    const int products = (batch_.count < 4 ? 4096 : batch_.count <= 8 ? 8192 : 24576) * (visit_ != nullptr ? 4 : 1);
+    // One that is visited or decided is scored at once.
+    const bool at_once = visit_ != nullptr || thresholds_ != nullptr;
+    const int products = (batch_.count < 4 ? 4096 : batch_.count <= 8 ? 8192 : 24576) * (at_once ? 4 : 1);
     const int64_t dearer = std::max(1, products / gallery_.dim);
     if (dearer * found > int64_t(block.count) * some && !always_codes_) {
       member.uncoded_blocks = member.patience;
@@ -237,10 +247,8 @@ void Scan::take(int64_t index, int64_t following, Member& member) {
   set_thresholds(prepared, member.values);
   int64_t found = 0;
   for (; first < batch_.count; first += batch_.kernels.group(batch_.count - first)) {
-    const int64_t some = propose(prepared, first, member.values, member);
-    found += some;
-    if (visit_ != nullptr) member.visited += some;
-    hand_over(member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
+    found += propose(prepared, first, member.values, member);
+    hand_over(block, member.values, member, first, std::min(batch_.kernels.group(batch_.count - first), batch_.count - first));
   }
   // One by one, a candidate costs about eight times its share of a block scored as a whole, less so for few queries.
   const int64_t dearer = batch_.count < 4 ? 2 : 8;
@@ -326,29 +334,6 @@ void Scan::visit(const std::vector<float>& cut, const Visit& visit, const Tally&
   std::vector<Member> own = members(0);
   std::atomic<int64_t> next{0};
   stretch(0, gallery_.blocks(), own, next);
-}
-
-int64_t Scan::count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit,
-                    int64_t first_block, double most_visited) {
-  thresholds_ = thresholds;
-  threshold_count_ = count;
-  visit_ = &visit;
-  std::vector<Member> own = members(count);
-  std::atomic<int64_t> next{first_block};
-  const int64_t longest = (int64_t(1) << 31) / block_rows;  // what the kernels' 32-bit counters hold
-  for (int64_t length = 64; next < gallery_.blocks(); length = std::min(2 * length, longest)) {
-    stretch(next, std::min(gallery_.blocks(), next + length), own, next);
-    int64_t visited = 0;
-    for (Member& member : own) {
-      visited += member.visited;
-      for (int q = 0; q < batch_.count; ++q)
-        for (int t = 0; t < count; ++t)
-          larger[size_t(q) * size_t(count) + size_t(t)] += member.larger[size_t(t) * size_t(batch_.padded) + size_t(q)];
-      std::fill(member.larger.begin(), member.larger.end(), 0u);
-    }
-    if (double(visited) > most_visited * double(next - first_block) * block_rows * batch_.count) break;
-  }
-  return next;
 }
 
 }  // namespace attribution

@@ -61,14 +61,8 @@ class Scan {
   // Each block goes either to `visit` or, as a whole, to `tally`.
   void visit(const std::vector<float>& cut, const Visit& visit, const Tally& tally);
 
-  // thresholds: [queries][count]; larger: [queries][count] gets the certain ones, the others are visited. Begins at
-  // first_block; stops early where more than this share of the scores is visited. Returns the block it came to.
-  int64_t count(const double* thresholds, int count, std::vector<int64_t>& larger, const Visit& visit, int64_t first_block,
-                double most_visited);
-
-  // The interval in which a fast score does not tell whether it exceeds the threshold.
-  static float low(double threshold, float error);
-  static float high(double threshold, float error);
+  // thresholds, larger: [queries][count]; how many canonical scores exceed each threshold, or reach it.
+  void count(const double* thresholds, int count, bool or_equal, int64_t* larger);
 
  private:
   // A thread keeps so many candidates of a query to itself before it adds them to those of all: one by one, threads would
@@ -87,13 +81,20 @@ class Scan {
   // following: the block this thread will probably take next
   void take(int64_t index, int64_t following, Member& member);
   int take_codes(int64_t index, int64_t following, Member& member);
+  // The interval in which a score that is not canonical does not tell whether it exceeds the threshold.
+  static float low(double threshold, float error);
+  static float high(double threshold, float error);
   void set_thresholds(Prepared& prepared, Side& side) const;
   int64_t propose(const Prepared& prepared, int first, const Side& side, Member& member);
   void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
-  void hand_over(Member& member, int first, int queries);
+  // block: of values, where the candidates are; side: whose errors they have
+  void hand_over(const Block& block, const Side& side, Member& member, int first, int queries);
   void pour(Member& member, int query);
+  void pour_many(Member& member, int query);
+  // scan_count.cpp
+  void decide(const Block& block, const Side& side, Member& member, int query) const;
   // scan_sketches.cpp
   using SettleQuery = std::function<void(int query)>;
   void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next, const SettleQuery& settle);
@@ -119,6 +120,7 @@ class Scan {
   const std::vector<float>* cut_ = nullptr;
   const double* thresholds_ = nullptr;
   int threshold_count_ = 0;
+  std::vector<float> exceeded_;  // [queries][thresholds] by the canonical scores that are counted
   const Visit* visit_ = nullptr;
   const Tally* tally_ = nullptr;
 

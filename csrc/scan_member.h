@@ -19,11 +19,13 @@ struct Scan::Side {
         threshold(size_t(batch.padded), std::numeric_limits<float>::infinity()),
         error(size_t(batch.padded), 0.0f),
         low(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()),
-        high(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()) {}
+        high(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()),
+        close_error(thresholds > 0 ? size_t(batch.padded) : 0, 0.0f) {}
 
   const Batch* batch;
   AlignedBytes scratch;
   std::vector<float> threshold, error, low, high;
+  std::vector<float> close_error;  // of Batch::close_scores
   bool stale = true;  // the cuts have moved since `threshold` was made
   float norm = -1, scale = -1, shift = -1;
 };
@@ -54,7 +56,6 @@ struct Scan::Member {
   std::vector<uint32_t> larger;
   std::unique_ptr<Candidate[]> buffer;  // [padded queries][own_capacity]
   std::vector<uint32_t> fill;           // [padded queries]
-  int64_t visited = 0;                  // by the filter of values
   AlignedBytes dense{0};                // scratch for densely()
   int dense_blocks = 0;                 // how many more to score whole
   int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time

@@ -166,7 +166,7 @@ void Scan::look_closer(Member& member) {
         int64_t& row = member.buffer[size_t(q * own_capacity) + i].row;
         row = rows[row].row;
       }
-    hand_over(member, 0, batch_.count);
+    for (int q = 0; q < batch_.count; ++q) pour_many(member, q);
   }
   member.passed.clear();
 }

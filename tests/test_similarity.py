@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from attribution import similarity
 from tests import oracle
@@ -211,6 +212,35 @@ def test_many_thresholds_high_low_and_infinite() -> None:
         assert got[:, :4].tolist() == [[1501, 0, 1501, 0]] * 5
         loose = (all_scores[:, None] > levels[:, :, None] + 1e-6).sum(axis=2)
         assert (got >= loose).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_levels_amid_the_scores_are_told_apart_to_the_last_bit(
+    scaled: bool, count: int, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(count)
+    rows, dim = 500, 203
+    queries = rng.standard_normal((count, dim)).astype(np.float32)
+    gallery = torch.from_numpy(rng.standard_normal((rows, dim)).astype(np.float32)).to(dtype)
+    more = {}
+    if scaled:
+        more = {
+            "scale": rng.uniform(0.5, 2, rows).astype(np.float32),
+            "offset": rng.standard_normal(count).astype(np.float32),
+        }
+    _, found = similarity.search(queries, gallery, k=rows, impl="reference", **more)
+    scores = found.astype(np.float64)
+    hits = np.take_along_axis(found, rng.integers(rows, size=(count, 4)), 1)
+    ends = [np.nextafter(hits, np.float32(end)) for end in (-np.inf, np.inf)]
+    between = [hits + (end.astype(np.float64) - hits) / 4 for end in ends]
+    levels = np.concatenate([hits, *ends, *between], axis=1).astype(np.float64)
+    for or_equal in (False, True):
+        above = np.greater_equal if or_equal else np.greater
+        want = above(scores[:, None], levels[:, :, None]).sum(axis=2)
+        got = similarity.count_larger(queries, gallery, levels, or_equal=or_equal, impl="cpu", **more)
+        np.testing.assert_array_equal(got, want)
 
 
 def test_scale_and_offset_stand_for_a_mapped_and_normalized_gallery() -> None:
