@@ -22,11 +22,12 @@ from stages.synthesizer import SCHEMA
 def write_queries(
     path: Path, base: BaseSettings, *, exemplars: Path, synthesized: Path, shipped: Path | None
 ) -> str:
-    """Lists every synthesized image in `path`, fresh before shipped, with what is known of its concept.
+    """Lists every synthesized image in `path`, with what is known of its concept. Returns a line of counts.
 
-    Returns a line of counts. Shipped rows of concepts that are fresh, even if they failed, or unknown here
-    are left out. Raises ValueError when the shipped images are of another base model, or of a concept with
-    other exemplars.
+    They are ordered by concept, whoever drew them: results depend on the order, for mappers are trained in
+    it. Shipped rows of concepts that are fresh, even if they failed, or unknown here are left
+    out. Raises ValueError when the shipped images are of another base model, or of a concept with other
+    exemplars.
     """
     known = {concept.concept_id: concept for concept in read_concepts(exemplars)}
     columns = [name for name in SCHEMA.names if name != "image"]
@@ -42,10 +43,12 @@ def write_queries(
         left_out = len(others) - pc.sum(mask).as_py() if len(others) else 0
         others = others.filter(mask)
     rows = pa.concat_tables([fresh, others])
+    order = np.argsort(rows["concept_id"].to_numpy().astype(np.str_), kind="stable")
+    rows = rows.take(pa.array(order, pa.int64()))
     concepts_of_rows = [known[concept_id] for concept_id in rows["concept_id"].to_pylist()]
     for name in ("kind", "noun", "split", "seen"):
         rows = rows.append_column(name, pa.array([getattr(concept, name) for concept in concepts_of_rows]))
-    source = ["fresh"] * len(fresh) + ["shipped"] * len(others)
+    source = np.where(order < len(fresh), "fresh", "shipped").tolist()
     rows = rows.append_column("source", pa.array(source, pa.string()))
     with atomic_path(path) as partial:
         pq.write_table(rows, partial, compression="zstd", write_statistics=False)
