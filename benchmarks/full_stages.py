@@ -1,4 +1,4 @@
-"""calibrate and evaluate among millions of distractors: seconds, and the memory that is their own.
+"""train_mapper, calibrate and evaluate among millions of distractors: seconds, and the memory of their own.
 
 `python -m benchmarks.full_stages [--distractors 1000000] [--dtype float16] [--mapper linear]`, from the root.
 Feature sets are drawn, not made from pictures: points of a low dimension and noise, an exemplar for each
@@ -7,12 +7,14 @@ The mappers are that rotation undone, and rotations at random as controls; their
 stage runs in a process of its own with the settings of worlds/full/params.yaml, while its anonymous memory is
 read every 20 ms: pages of mapped files, which the system takes back when it likes, do not count. Prints a
 line for each stage and adds it to benchmarks/results/full_stages.json under `--label`; with --record, what a
-score took also goes to the cost sheet (benchmarks.rates).
+score took also goes to the cost sheet (benchmarks.rates), and what a training pair took in an epoch. An epoch
+is what twelve take longer than two: reading and whitening come once.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import shutil
@@ -35,11 +37,11 @@ from attribution.images import write_image_table
 from attribution.mapper import Kind, Mapper
 from attribution.params import load_params
 from benchmarks.rates import Rate, machine, record
-from stages import calibrate, evaluate
+from stages import calibrate, evaluate, train_mapper
 
 WORLD = Path("worlds/full/params.yaml")
 RESULTS = Path(__file__).parent / "results" / "full_stages.json"
-STAGES = ("calibrate", "evaluate")
+STAGES = ("train_mapper", "calibrate", "evaluate")
 # What a row of figures is told with, out of the options.
 SETTINGS = (
     "distractors",
@@ -47,6 +49,7 @@ SETTINGS = (
     "dtype",
     "id_characters",
     "mapper",
+    "train_models",
     "val_models",
     "test_models",
     "queries_per_model",
@@ -54,6 +57,8 @@ SETTINGS = (
 LATENT = 64  # dimensions that the features fill, but for noise
 NOISE = 0.3
 ROWS = 65536  # drawn at a time, and in a shard
+VAL_QUERIES = 4  # of each val model
+EPOCHS = (2, 12)
 
 
 class World:
@@ -87,21 +92,21 @@ class World:
 
 
 def make_world(folder: Path, options: argparse.Namespace) -> None:
-    """Everything that the two stages read."""
+    """Everything that the stages read."""
     world = World(options.dim, options.seed)
     rng = world.rng
     exemplars: list[dict[str, Any]] = []
     queries: list[dict[str, Any]] = []
     real, synth = [], []
-    for number in range(options.val_models + options.test_models):
-        split = "val" if number < options.val_models else "test"
+    models = {"train": options.train_models, "val": options.val_models, "test": options.test_models}
+    for number, split in enumerate(split for split, count in models.items() for _ in range(count)):
         kind = ("object", "style")[number % 2]
         concept = {"concept_id": f"c{number:05}", "kind": kind, "noun": "thing", "split": split, "seen": True}
         centers = world.latent(1) + 0.3 * world.latent(1 if kind == "object" else 5)
         for place in range(len(centers)):
             exemplars.append({"image_id": f"c{number:05}-e{place}", **concept, "image": picture(rng)})
         real.append(world.features(centers))
-        count = 4 if split == "val" else options.queries_per_model
+        count = VAL_QUERIES if split == "val" else options.queries_per_model
         for place in range(count):
             prompts = {"prompt_kind": ("media", "gpt")[place % 2], "prompt": "a <new1>"}
             prompts["prompt_split"] = "test" if split == "test" else "train"
@@ -143,14 +148,19 @@ def picture(rng: np.random.Generator) -> bytes:
     return stream.getvalue()
 
 
-def run_stage(name: str, folder: Path) -> None:
-    """One stage in this process, as its main() would run it."""
+def run_stage(name: str, folder: Path, epochs: int) -> None:
+    """One stage in this process, as its main() would run it; of train_mapper, so many epochs."""
     inputs: dict[str, Any] = {
         "backbone": "drawn",
         "features_dir": folder / "features",
         "queries_path": folder / "queries.parquet",
         "exemplars_path": folder / "exemplars.parquet",
     }
+    if name == "train_mapper":
+        training = load_params(train_mapper.Params, name, WORLD)
+        training = dataclasses.replace(training, epochs=epochs, patience=epochs)
+        train_mapper.run(training, **inputs, output_dir=folder / "learned")
+        return
     if name == "calibrate":
         calibrating = load_params(calibrate.Params, name, WORLD)
         mapper_path = folder / "mapper.safetensors"
@@ -167,9 +177,10 @@ def run_stage(name: str, folder: Path) -> None:
     )
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, folder: Path, epochs: int = EPOCHS[1]) -> dict[str, Any]:
     """The stage in a process of its own: wall and processor seconds, and the most anonymous memory."""
     command = [sys.executable, "-m", "benchmarks.full_stages", "--stage", name, "--folder", str(folder)]
+    command += ["--epochs", str(epochs)]
     begin = time.perf_counter()
     process = subprocess.Popen(command)
     peak = 0
@@ -194,13 +205,24 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def measure_epochs(folder: Path) -> dict[str, Any]:
+    """train_mapper of many epochs, and what one of them took."""
+    few, many = (measure("train_mapper", folder, epochs) for epochs in EPOCHS)
+    return {**many, "seconds_an_epoch": (many["seconds"] - few["seconds"]) / (EPOCHS[1] - EPOCHS[0])}
+
+
 def rate_of(row: dict[str, Any], settings: dict[str, Any]) -> Rate:
-    """What one score of a query against a distractor took, of this machine's whole time."""
-    calibrating = row["stage"] == "calibrate"
-    models, each = ("val_models", 4) if calibrating else ("test_models", settings["queries_per_model"])
-    scores = settings[models] * each * settings["distractors"]
+    """Of a pair in an epoch, or of a query's score against a distractor: this machine's whole time."""
+    each = settings["queries_per_model"]
+    seconds, items = row["seconds"], settings["distractors"]
+    if row["stage"] == "train_mapper":
+        seconds, items = row["seconds_an_epoch"], settings["train_models"] * each
+    elif row["stage"] == "calibrate":
+        items *= settings["val_models"] * VAL_QUERIES
+    else:
+        items *= settings["test_models"] * each
     by = "python -m benchmarks.full_stages --record"
-    return Rate(row["seconds"] / scores, machine(), by, peak_bytes=row["peak_anonymous_bytes"])
+    return Rate(seconds / items, machine(), by, peak_bytes=row["peak_anonymous_bytes"])
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -217,7 +239,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float16")
     parser.add_argument("--mapper", choices=("linear", "scale", "mlp"), default="linear")
-    parser.add_argument("--val-models", type=int, default=100, help="of 4 queries each")
+    # As many pairs to train on for each validation query as the full world has.
+    parser.add_argument("--train-models", type=int, default=160)
+    parser.add_argument("--val-models", type=int, default=100, help=f"of {VAL_QUERIES} queries each")
     parser.add_argument("--test-models", type=int, default=100)
     parser.add_argument("--queries-per-model", type=int, default=20)
     parser.add_argument("--id-characters", type=int, default=40, help="of the id of a distractor")
@@ -227,10 +251,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the world is kept, or already is")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS[1], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.stage:
-        run_stage(options.stage, options.folder)
+        run_stage(options.stage, options.folder, options.epochs)
         return
     folder = options.folder or Path(tempfile.mkdtemp(prefix="full_stages-"))
     try:
@@ -240,7 +265,7 @@ def main() -> None:
         report = read_json(options.output) if options.output.is_file() else {}
         rows = []
         for name in options.stages:
-            rows.append(measure(name, folder))
+            rows.append(measure_epochs(folder) if name == "train_mapper" else measure(name, folder))
             anonymous = rows[-1]["peak_anonymous_bytes"] / 1e9
             print(f"{options.label}: {name}: {rows[-1]['seconds']:,.1f} s, {anonymous:.2f} GB of its own")
             if options.record:

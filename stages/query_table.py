@@ -25,9 +25,8 @@ def write_queries(
     """Lists every synthesized image in `path`, with what is known of its concept. Returns a line of counts.
 
     They are ordered by concept, whoever drew them: results depend on the order, for mappers are trained in
-    it. Shipped rows of concepts that are fresh, even if they failed, or unknown here are left
-    out. Raises ValueError when the shipped images are of another base model, or of a concept with other
-    exemplars.
+    it. Shipped rows of concepts that are fresh, even if they failed, or unknown here are left out. Raises
+    ValueError when the shipped images are of another base model, or of a concept with other exemplars.
     """
     known = {concept.concept_id: concept for concept in read_concepts(exemplars)}
     columns = [name for name in SCHEMA.names if name != "image"]

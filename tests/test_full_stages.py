@@ -1,4 +1,4 @@
-"""The benchmark of calibrate and evaluate among many distractors, on a small world."""
+"""The benchmark of training and judging among many distractors, on a small world."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from benchmarks import full_stages
 
 
 def test_a_small_run_tells_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"distractors": 300, "dim": 80, "val-models": 4, "test-models": 6, "queries-per-model": 4}
+    sizes = {"distractors": 300, "dim": 80, "train-models": 8, "val-models": 4, "test-models": 6}
+    sizes |= {"queries-per-model": 4}
     output = tmp_path / "result.json"
     output.write_text('{"earlier": 1}')
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
@@ -23,7 +24,8 @@ def test_a_small_run_tells_time_and_memory(tmp_path: Path, monkeypatch: pytest.M
     assert report["earlier"] == 1
     assert report["now"]["mapper"] == "mlp"
     rows = report["now"]["rows"]
-    assert [row["stage"] for row in rows] == ["calibrate", "evaluate"]
+    assert [row["stage"] for row in rows] == ["train_mapper", "calibrate", "evaluate"]
+    assert set(rows[0]) - set(rows[1]) == {"seconds_an_epoch"}
     for row in rows:
         assert row["seconds"] > 0
         assert 1e7 < row["peak_anonymous_bytes"] < row["peak_resident_bytes"]
