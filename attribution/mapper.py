@@ -24,6 +24,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
 }
 BLOCK = 8192  # rows mapped at a time
 CACHED = 256  # of which so many are divided by their lengths while they are in the processor's cache
+CENTRED = 32768  # rows whose products are summed in float32, before float64 sums those of all
 
 
 def apply_head(kind: str, head: Mapping[str, Any], features: Any) -> Any:
@@ -180,8 +181,11 @@ def whitening(
 
 def _whitening_head(features: np.ndarray, shrinkage: float) -> dict[str, np.ndarray]:
     mean = features.mean(axis=0, dtype=np.float64)
-    centred = (features - mean).astype(np.float32)
-    covariance = (centred.T @ centred).astype(np.float64) / max(len(features), 1)
+    covariance = np.zeros((len(mean), len(mean)))
+    for first in range(0, len(features), CENTRED):
+        centred = (features[first : first + CENTRED] - mean).astype(np.float32)
+        covariance += centred.T @ centred
+    covariance /= max(len(features), 1)
     level = np.trace(covariance) / len(covariance)
     values, vectors = np.linalg.eigh(covariance / (level or 1.0))
     weight = (vectors / np.sqrt(np.maximum(values, 0) + shrinkage)) @ vectors.T

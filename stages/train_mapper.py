@@ -6,7 +6,8 @@ Out:  data/mappers/<backbone>/mapper.safetensors, with mappers trained on each k
       permuted.safetensors: the same training, each concept's images paired with another's exemplars, one
       epoch at least;
       whitening.safetensors: no pairs at all.
-Cost: 160 concepts x 20 images: about 8 CPU s at dim 128, 40 at dim 768; on all cores.
+Cost: 160 concepts x 20 images: about 8 CPU s at dim 128, 40 at dim 768; on all cores. 200,000 distractors are
+      in memory at most.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from attribution.threads import one_core_each
 HISTORY_COLUMNS = ("epoch", "train_loss", "validation_loss", "validation_map", "validation_recall_at_10")
 PAIRS = {"object": ("object",), "style": ("style",), "joint": ("object", "style")}
 # Of more distractors, a covariance learns nothing from the rest, which need not be in memory.
-WHITENED_ROWS = 1_000_000
+WHITENED_ROWS = 200_000
+VALIDATED = 1024  # queries whose scores of all validation distractors are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +241,7 @@ def _epoch(
     """Mean loss over one pass; with an optimizer, a step after each batch."""
     order, drawn = rng.permutation(len(pairs.synth)), pairs.draw(rng)
     losses = []
-    for rows in np.array_split(order, max(1, round(len(order) / params.batch_size))):
+    for rows in _batches(params, order):
         # An exemplar that stands in many pairs of the batch goes through its head once.
         unique, place = np.unique(drawn[rows], return_inverse=True)
         with torch.set_grad_enabled(optimizer is not None):
@@ -261,35 +263,53 @@ def _epoch(
     return float(np.mean(losses))
 
 
+def _batches(params: Params, order: Int[np.ndarray, " pairs"]) -> list[Int[np.ndarray, " batch"]]:
+    """Of about `batch_size` pairs; the last is no smaller than the others."""
+    return np.array_split(order, max(1, round(len(order) / params.batch_size)))
+
+
 @torch.no_grad()
 def _validate(
     params: Params, heads: list[dict[str, Tensor]], pairs: Pairs, distractors: Tensor
 ) -> tuple[float, float, float]:
     """Loss, mAP and recall@10 over "these distractors + own exemplars". A monitor; evaluate ranks exactly.
 
-    mAP is the geometric mean over the kinds: neither may be given up for the other, however far apart they
-    are. Distractors serve here alone and are no negatives of the loss: all of them lack what exemplars have
-    in common, and a map that learned this would find exemplars, not sources.
+    The loss is that of batches as in training, each epoch the same ones. mAP is the geometric mean over the
+    kinds: neither may be given up for the other, however far apart they are. Distractors serve here alone and
+    are no negatives of the loss: all of them lack what exemplars have in common, and a map that learned this
+    would find exemplars, not sources.
     """
     synth = _forward(params.kind, heads[1], pairs.synth)
     real = _forward(params.kind, heads[0], pairs.real)
-    rivals = synth @ _forward(params.kind, heads[0], distractors).T
-    own = torch.from_numpy(pairs.own)
-    used = own >= 0
-    scores = torch.einsum("pd,psd->ps", synth, real[own.clamp(min=0)]).masked_fill(~used, -torch.inf)
-    scores = scores.sort(dim=1, descending=True).values
-    used = scores > -torch.inf
-    ahead = [torch.count_nonzero(rivals >= level[:, None], dim=1) for level in scores.T]
-    ranks = torch.stack(ahead, dim=1) + torch.arange(1, own.shape[1] + 1)
-    sizes = used.sum(dim=1)
-    precision = torch.arange(1, own.shape[1] + 1) / ranks
-    average_precision = (precision * used).sum(dim=1) / sizes
+    others = _forward(params.kind, heads[0], distractors)
+    own, concepts, kinds = (torch.from_numpy(one) for one in (pairs.own, pairs.concepts, pairs.kinds))
+    blocks = zip(synth.split(VALIDATED), own.split(VALIDATED), strict=True)
+    ranks = torch.cat([_ranks(some, real, others, their_own) for some, their_own in blocks])
+    sizes, places = (own >= 0).sum(dim=1), torch.arange(own.shape[1])
+    used = places < sizes[:, None]
+    average_precision = ((places + 1) / ranks * used).sum(dim=1) / sizes
     recall = ((ranks <= 10) & used).sum(dim=1) / sizes
-    first = torch.from_numpy(pairs.own[:, 0])
-    loss = nt_xent(synth, real[first], torch.from_numpy(pairs.concepts), params.temperature)
-    kinds = torch.from_numpy(pairs.kinds)
+    order = np.random.default_rng(params.seed).permutation(len(synth))
+    losses = [
+        float(nt_xent(synth[rows], real[own[rows, 0]], concepts[rows], params.temperature))
+        for rows in map(torch.from_numpy, _batches(params, order))
+    ]
     of_kinds = torch.stack([average_precision[kinds == kind].mean() for kind in kinds.unique()])
-    return float(loss), float(of_kinds.log().mean().exp()), float(recall.mean())
+    return float(np.mean(losses)), float(of_kinds.log().mean().exp()), float(recall.mean())
+
+
+def _ranks(
+    queries: Float[Tensor, "queries dim"],
+    real: Float[Tensor, "exemplars dim"],
+    others: Float[Tensor, "distractors dim"],
+    own: Int[Tensor, "queries slots"],
+) -> Int[Tensor, "queries slots"]:
+    """Ranks of each query's own exemplars, best first; whatever in unused places."""
+    scores = torch.einsum("qd,qsd->qs", queries, real[own.clamp(min=0)]).masked_fill(own < 0, -torch.inf)
+    scores = scores.sort(dim=1, descending=True).values
+    rivals = queries @ others.T
+    ahead = [torch.count_nonzero(rivals >= level[:, None], dim=1) for level in scores.T]
+    return torch.stack(ahead, dim=1) + torch.arange(1, own.shape[1] + 1)
 
 
 def _forward(kind: str, head: dict[str, Tensor], features: Tensor) -> Tensor:

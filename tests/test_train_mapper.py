@@ -101,6 +101,14 @@ def test_features_in_another_unit_give_the_same_map(world: FeatureWorld, tmp_pat
     assert np.abs(here.synth["bias"]).max() > 1e-4
 
 
+def test_validation_does_not_depend_on_how_many_queries_are_in_memory(
+    world: FeatureWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, history = train(world, tmp_path / "whole")
+    monkeypatch.setattr(train_mapper, "VALIDATED", 7)
+    assert train(world, tmp_path / "blocks")[1] == history
+
+
 def test_orthogonality_keeps_the_weights_nearer_to_a_rotation(world: FeatureWorld, tmp_path: Path) -> None:
     departures = []
     for weight in (0.0, 10.0):
