@@ -25,6 +25,8 @@ class Batch:
         library: Any,
         device: torch.device,
         storage: str,
+        operand: str,
+        center: torch.Tensor | None,
         which: np.ndarray,
         values: np.ndarray | torch.Tensor,
         offset: np.ndarray | None,
@@ -35,7 +37,9 @@ class Batch:
             values = values.copy()  # or torch warns
         self.values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values).to(device)
         self.offset = None if offset is None else torch.from_numpy(offset).to(device)
-        self.shape = (len(which), values.shape[1], cuda.STORAGES.index(storage), capacity)
+        self.shape = (len(which), values.shape[1])
+        self.storage, self.operand = cuda.STORAGES.index(storage), cuda.OPERANDS.index(operand)
+        self.center = center
         self.size = ENQUEUED_NORM  # not known without waiting
         if isinstance(values, np.ndarray):
             most = max(float(values.max(initial=0)), -float(values.min(initial=0)))
@@ -78,12 +82,12 @@ class Batch:
         del self.block
 
     def _allocate(self, slabs: int) -> None:
-        self.at = self.library.layout(*self.shape, slabs)
+        self.at = self.library.layout(*self.shape, self.operand, self.capacity, slabs)
         self.workspace = allocate((self.at["all"],), torch.uint8, self.device, "candidates")
-        values, offset, workspace = cuda.pointers(self.values, self.offset, self.workspace)
+        pointers = cuda.pointers(self.center, self.values, self.offset, self.workspace)
         self.plan = cuda.Plan(
-            *self.shape, values, offset, workspace, None, slabs, self.processors, self.hopper, 0,
-            stream_of(self.device),
+            *self.shape, self.storage, self.capacity, self.operand, *pointers, None, slabs, self.processors,
+            self.hopper, 0, stream_of(self.device),
         )  # fmt: skip
         self.fresh = True
 

@@ -74,18 +74,20 @@ class Call:
             )
         return values.detach().to(self.device).contiguous()
 
-    def batch(self, which: np.ndarray, capacity: int) -> Batch:
-        """These queries on the device, with room for candidates."""
+    def batch(self, which: np.ndarray, capacity: int, *, operand: str | None = None) -> Batch:
+        """These queries on the device, with room for candidates; operand: codes, where not the values."""
         some = in_a_row(which)
         values, offset = self.queries[some], None if self.offset is None else self.offset[some]
+        coded = self.gallery.coded if operand is not None and isinstance(self.gallery, Gallery) else None
         return Batch(
-            self.library, self.device, self.gallery.storage, which, values, offset, min(capacity, self.rows)
-        )
+            self.library, self.device, self.gallery.storage, operand or self.gallery.storage,
+            None if coded is None else coded.center, which, values, offset, min(capacity, self.rows),
+        )  # fmt: skip
 
-    def sources(self, batches: list[Batch]) -> Iterator[tuple[Batch, int, Rows]]:
+    def sources(self, batches: list[Batch], *, coded: bool = False) -> Iterator[tuple[Batch, int, Rows]]:
         """Every batch with every slab, noted in the batch; slabs are streamed once for all batches."""
         if isinstance(self.gallery, Gallery):
-            shards, largest = self.gallery.scaled(self.scale)
+            shards, largest = self.gallery.scaled(self.scale, coded=coded)
             for batch in batches:
                 batch.note(shards, largest)
                 for index, shard in enumerate(shards):

@@ -52,12 +52,20 @@ def enqueue(queries: torch.Tensor, gallery: Gallery, *, k: int, inv_tau: float, 
         )
     search = Settings(k, float(inv_tau), float(b)).search()
     require_current(gallery.library, gallery.device)
-    capacity, first, growth = cuda_walk.plan_chunks(search.k, search.window, gallery.rows, len(queries))
+    operand = cuda_walk.coded_operand(gallery, len(queries), search.k)
+    capacity, first, growth = cuda_walk.plan_chunks(
+        search.k, search.window, gallery.rows, len(queries), operand
+    )
+    center = None if operand is None or gallery.coded is None else gallery.coded.center
+    shards, bound = gallery.scaled(None, coded=operand is not None)
     values = queries.detach().contiguous()
     which = np.arange(len(values))
-    batch = Batch(gallery.library, gallery.device, gallery.storage, which, values, None, capacity)
-    batch.note(gallery.shards, gallery.largest)
-    for index, rows in enumerate(gallery.shards):
+    batch = Batch(
+        gallery.library, gallery.device, gallery.storage, operand or gallery.storage, center, which, values,
+        None, capacity,
+    )  # fmt: skip
+    batch.note(shards, bound)
+    for index, rows in enumerate(shards):
         batch.walk(index, rows, first, growth, search)
     norms = torch.linalg.vector_norm(values, dim=1)
     largest = norms.amax() if len(values) else norms.sum()

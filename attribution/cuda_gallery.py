@@ -1,6 +1,9 @@
 """A gallery that lies on the device, measured once."""
 
+import copy
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from attribution import similarity_arrays as arrays
 from attribution.cuda_rows import (
     Rows,
     bits_type,
+    encode,
     measure,
     none_refused,
     open_tensor,
@@ -19,6 +23,25 @@ from attribution.cuda_rows import (
     require_usable,
 )
 from attribution.cuda_streamed import SLAB_BYTES
+
+LARGEST_CODED = 2.0**40  # length of a row
+# How much of a score codes may miss, in standard deviations of the scores of random rows.
+MOST_MISSED = 1.0
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The rows of a gallery with codes, less their center: [dim] of float32."""
+
+    center: torch.Tensor
+    shards: list[Rows]
+    largest: float
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold beside the gallery."""
+        kept = [tensor for shard in self.shards for tensor in (shard.codes, shard.stripes)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in [self.center, *kept] if tensor is not None)
 
 
 class Gallery:
@@ -29,6 +52,7 @@ class Gallery:
     """
 
     is_cuda = True
+    coded: Coded | None = None
 
     def __init__(self, gallery: Any, *, device: Any = None) -> None:
         self.library, self.device = cuda_device.open_device(
@@ -59,18 +83,61 @@ class Gallery:
         """The number of rows of all shards together."""
         return sum(shard.rows.shape[0] for shard in self.shards)
 
-    def scaled(self, scale: torch.Tensor | None) -> tuple[list[Rows], float]:
-        """The shards with these scales, and the bound of Rows.largest over all. Waits if there are any."""
+    def compressed(self) -> "Gallery":
+        """The same gallery with codes of eight bits beside its values: dim bytes a row, and some.
+
+        As attribution.similarity.compress says, but that 128 rows share a step. Where the codes miss too much
+        of the rows, or values lie near the ends of float32, there are none. RuntimeError says how much memory
+        was wanted and had.
+        """
+        if self.coded is not None or not self.rows or self.dim > arrays.CODED_DIM:
+            return self
+        if not self.largest < LARGEST_CODED:
+            return self
+        cuda_device.require_current(self.library, self.device)
+        center, length = self._center()
+        shards = [encode(self.library, shard, self.storage, center) for shard in self.shards]
+        missed = torch.cat([shard.stripes for shard in shards])[:, 2].median()
+        if missed * self.dim**0.5 > MOST_MISSED * length and not always_coded():
+            return self
+        made = copy.copy(self)
+        made.coded = Coded(center, shards, max(shard.largest(self._center_length) for shard in shards))
+        return made
+
+    def scaled(self, scale: torch.Tensor | None, *, coded: bool = False) -> tuple[list[Rows], float]:
+        """The shards with these scales, and the bound of Rows.largest over all. Waits if there are any.
+
+        coded: with their codes, of which there are some.
+        """
+        held = self.coded if coded else None
+        shards = self.shards if held is None else held.shards
         if scale is None:
-            return self.shards, self.largest
+            return shards, self.largest if held is None else held.largest
         refused, scaled = none_refused(self.device), []
-        for shard in self.shards:
+        for shard in shards:
             own = scale[shard.first_row : shard.first_row + shard.rows.shape[0]]
             scaled.append(
-                measure(self.library, shard.rows, self.storage, shard.first_row, own, refused, shard.stripes)
+                measure(self.library, shard.rows, self.storage, shard.first_row, own, refused, shard)
             )
         require_usable(refused, scale)
-        return scaled, max(shard.largest() for shard in scaled)
+        center = 0.0 if held is None else self._center_length
+        return scaled, max(shard.largest(center) for shard in scaled)
+
+    @property
+    def _center_length(self) -> float:
+        """An upper bound: half of the rows have values as large as the median, or larger."""
+        return 1.5 * self.largest
+
+    def _center(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[dim], the median of some rows, and how far from it half of them are."""
+        step = max(1, self.rows // arrays.CENTER_ROWS)
+        some = []
+        for shard in self.shards:
+            rows = shard.rows[::step].contiguous()
+            some.append(rows.view(getattr(torch, self.storage)).float())
+        rows = torch.cat(some)
+        center = rows.median(dim=0).values.contiguous()
+        return center, torch.linalg.vector_norm(rows - center, dim=1).median()
 
     def _on_device(self, shard: Any, name: str) -> tuple[torch.Tensor, str]:
         if isinstance(shard, torch.Tensor) and shard.device == self.device:
@@ -84,6 +151,11 @@ class Gallery:
             some = np.array(view[first : first + step])
             rows[first : first + step].copy_(torch.from_numpy(some.view(bits_type(storage))))
         return rows, storage
+
+
+def always_coded() -> bool:
+    """ATTRIBUTION_CODES=always: codes are read even where that costs more than it saves."""
+    return os.environ.get("ATTRIBUTION_CODES", "") == "always"
 
 
 def _is_sequence(gallery: Any) -> bool:

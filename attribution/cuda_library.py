@@ -11,7 +11,8 @@ from typing import Any
 from attribution import similarity
 
 STORAGES = ("float32", "float16", "bfloat16")  # in the order of contract.h
-STRIPE_ROWS = 128
+OPERANDS = (*STORAGES, "codes", "wide_codes")  # in the order of device.h
+STRIPE_ROWS, STRIPE_WORDS = 128, 4
 SELECTED_WORDS = 6  # cut, fill, exact, before, status, wide
 FILL, STATUS, WIDE = 1, 4, 5
 PLACES = ("packed", "query", "selected", "buffer", "scratch", "fault", "slabs", "all")
@@ -22,7 +23,7 @@ class Slab(ctypes.Structure):
 
     _fields_ = (
         ("rows", c_void_p), ("stride", c_int64), ("count", c_int64), ("first_row", c_int64),
-        ("scale", c_void_p), ("stripes", c_void_p),
+        ("scale", c_void_p), ("stripes", c_void_p), ("codes", c_void_p), ("code_stride", c_int64),
     )  # fmt: skip
 
 
@@ -31,9 +32,9 @@ class Plan(ctypes.Structure):
 
     _fields_ = (
         ("queries", c_int64), ("dim", c_int64), ("storage", c_int64), ("capacity", c_int64),
-        ("values", c_void_p), ("offset", c_void_p), ("workspace", c_void_p),
-        ("slabs", ctypes.POINTER(Slab)), ("slab_count", c_int64), ("processors", c_int64),
-        ("hopper", c_int64), ("unsafe", c_int64), ("stream", c_void_p),
+        ("operand", c_int64), ("center", c_void_p), ("values", c_void_p), ("offset", c_void_p),
+        ("workspace", c_void_p), ("slabs", ctypes.POINTER(Slab)), ("slab_count", c_int64),
+        ("processors", c_int64), ("hopper", c_int64), ("unsafe", c_int64), ("stream", c_void_p),
     )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ class Library:
 
     @functools.cache  # noqa: B019 - one library, a few shapes
     def layout(self, *shape: int) -> dict[str, int]:
-        """Offsets into the workspace of (queries, dim, storage, capacity, slabs), and its size as "all"."""
+        """Offsets into the workspace of (queries, dim, operand, capacity, slabs), and its size as "all"."""
         at = (c_int64 * len(PLACES))()
         self._functions.attribution_cuda_layout(*(c_int64(value) for value in shape), at)
         return dict(zip(PLACES, at, strict=True))

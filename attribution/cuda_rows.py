@@ -21,20 +21,22 @@ class Rows:
     rows: torch.Tensor  # [rows, dim], rows may be apart
     first_row: int
     scale: torch.Tensor | None
-    stripes: torch.Tensor  # [stripes, 2]: norm, scale
+    stripes: torch.Tensor  # [stripes, STRIPE_WORDS]: norm, scale, residual, step
+    codes: torch.Tensor | None = None  # [rows, dim], which the filter reads in place of the values
 
     def slab(self) -> cuda.Slab:
         """The same, as the library wants it."""
-        rows, scale, stripes = cuda.pointers(self.rows, self.scale, self.stripes)
+        rows, scale, stripes, codes = cuda.pointers(self.rows, self.scale, self.stripes, self.codes)
         stride = self.rows.stride(0) * self.rows.element_size()
-        return cuda.Slab(rows, stride, self.rows.shape[0], self.first_row, scale, stripes)
+        pitch = 0 if self.codes is None else self.codes.stride(0)
+        return cuda.Slab(rows, stride, self.rows.shape[0], self.first_row, scale, stripes, codes, pitch)
 
-    def largest(self) -> float:
-        """An upper bound of norm * max(scale, 1) that tells whether float32 arithmetic is safe. Waits."""
+    def largest(self, center: float = 0.0) -> float:
+        """An upper bound of (norm + center) * max(scale, 1) that tells whether float32 is safe. Waits."""
         if not len(self.stripes):
             return 0.0
-        norm, scale = self.stripes.amax(dim=0).tolist()
-        return norm * max(scale, 1.0)
+        norm, scale = self.stripes[:, :2].amax(dim=0).tolist()
+        return (norm + center) * max(scale, 1.0)
 
 
 def measure(
@@ -44,17 +46,42 @@ def measure(
     first_row: int,
     scale: torch.Tensor | None,
     refused: torch.Tensor,
-    norms: torch.Tensor | None = None,
+    known: Rows | None = None,
 ) -> Rows:
-    """The rows with their error bounds; `refused` gets the first row that is not usable. Does not wait."""
-    count = rows.shape[0]
-    stripes = torch.empty((-(-count // cuda.STRIPE_ROWS), 2), dtype=torch.float32, device=rows.device)
-    measured = Rows(rows, first_row, scale, stripes)
+    """The rows with their error bounds; `refused` gets the first row that is not usable. Does not wait.
+
+    known: the same rows with another scale, from which all else is taken.
+    """
+    norms, codes = (None, None) if known is None else (known.stripes, known.codes)
+    measured = Rows(rows, first_row, scale, room_for_stripes(rows), codes)
+    stripes = measured.stripes
     library.measure(
         ctypes.byref(measured.slab()), cuda.STORAGES.index(storage), rows.shape[1],
         *cuda.pointers(norms, stripes, refused), stream_of(rows.device),
     )  # fmt: skip
     return measured
+
+
+def room_for_stripes(rows: torch.Tensor) -> torch.Tensor:
+    """Room for the error bounds of these rows."""
+    stripes = -(-rows.shape[0] // cuda.STRIPE_ROWS)
+    return torch.empty((stripes, cuda.STRIPE_WORDS), dtype=torch.float32, device=rows.device)
+
+
+def encode(library: Any, known: Rows, storage: str, center: torch.Tensor) -> Rows:
+    """The same rows with codes, and the error bounds of these. Does not wait.
+
+    RuntimeError says how much memory was wanted and had.
+    """
+    rows = known.rows
+    pitch = -(-rows.shape[1] // 16) * 16  # where the copy engine wants a row to begin
+    codes = allocate((rows.shape[0], pitch), torch.int8, rows.device, "codes")[:, : rows.shape[1]]
+    coded = Rows(rows, known.first_row, None, room_for_stripes(rows), codes)
+    library.encode(
+        ctypes.byref(coded.slab()), cuda.STORAGES.index(storage), rows.shape[1],
+        *cuda.pointers(center, coded.stripes), stream_of(rows.device),
+    )  # fmt: skip
+    return coded
 
 
 def none_refused(device: torch.device) -> torch.Tensor:

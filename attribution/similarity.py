@@ -167,8 +167,11 @@ def canonical_scores(
     return load_extension().canonical_scores(*call.extension_inputs(), rows)
 
 
-def compress(gallery: Any, *, threads: int | None = None) -> CompressedGallery:
+def compress(gallery: Any, *, threads: int | None = None) -> Any:
     """Every function here answers from the result with the same bits, and reads one byte for each value.
+
+    A CompressedGallery; of CUDA tensors, or of a Gallery of attribution.similarity_cuda, such a Gallery with
+    codes on its device (`Gallery.compressed`).
 
     x = center + step_x * code_x + e_x,  |e_x| <= residual_x;   q = step_q * code_q + e_q
 
@@ -182,6 +185,8 @@ def compress(gallery: Any, *, threads: int | None = None) -> CompressedGallery:
     """
     if isinstance(gallery, CompressedGallery):
         return gallery
+    if lies_on_device(gallery):
+        return load_cuda().compressed(gallery)
     shards, storage = arrays.open_gallery(gallery)
     views = list(shards.values())
     for name, view in shards.items():
@@ -210,8 +215,13 @@ def on_cuda(impl: str, gallery: Any) -> bool:
         if wanted not in ("auto", "cpu", "cuda"):
             raise ValueError(f"ATTRIBUTION_IMPL: wanted auto, cpu or cuda, got {wanted!r}")
         impl = wanted
+    return impl == "cuda" or (impl == "auto" and lies_on_device(gallery))
+
+
+def lies_on_device(gallery: Any) -> bool:
+    """True for CUDA tensors, a sequence of them, and a Gallery of attribution.similarity_cuda."""
     first = gallery[0] if isinstance(gallery, list | tuple) and gallery else gallery
-    return impl == "cuda" or (impl == "auto" and bool(getattr(first, "is_cuda", False)))
+    return bool(getattr(first, "is_cuda", False))
 
 
 def uncompressed(gallery: Any) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "Gallery",
     "attribute",
     "canonical_scores",
+    "compressed",
     "count_larger",
     "enqueue",
     "retrieve_part",
@@ -142,6 +143,11 @@ def canonical_scores(
     batch = call.batch(np.arange(len(rows)), 1)
     batch.note(shards, largest)
     return batch.score(rows)
+
+
+def compressed(gallery: Any) -> Gallery:
+    """What attribution.similarity.compress says of a gallery that lies on a device, or shall lie there."""
+    return (gallery if isinstance(gallery, Gallery) else Gallery(gallery)).compressed()
 
 
 def _of_nothing(call: Call, k: int, inv_tau: float, b: float) -> similarity.Attribution:

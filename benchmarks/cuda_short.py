@@ -34,7 +34,8 @@ def check_case(count: int, rows: int, dim: int, dtype: torch.dtype) -> None:
     for name, inv_tau, b in CALIBRATIONS:
         arguments: dict[str, Any] = {"k": 7, "inv_tau": inv_tau, "b": b}
         want = similarity.attribute(queries, gallery, impl="cpu", **arguments)
-        for where, place in (("resident", on_device), ("streamed", gallery)):
+        coded = similarity.compress(on_device)
+        for where, place in (("resident", on_device), ("streamed", gallery), ("with codes", coded)):
             print(f"  {name}, {where}", flush=True)
             got = similarity.attribute(queries, place, impl="cuda", **arguments)
             for field in FIELDS:

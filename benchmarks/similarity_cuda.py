@@ -1,15 +1,15 @@
 """Exact attribution on a GPU against what others offer and the device's own limits: a table and a JSON file.
 
-    python -m benchmarks.similarity_cuda [--rows 10000000] [--queries 1 64 1024] [--k 100] [--only ours]
-                                         [--seconds 240]
+    python -m benchmarks.similarity_cuda [--rows 10000000] [--queries 1 64 1024] [--k 100]
+                                         [--only values codes peers] [--seconds 240]
 
 Times are medians of CUDA events around warm calls on random unit vectors that exceed the L2 cache many times
 over. The floor of a case is the time to read the gallery once at the bandwidth that a copy reaches in this
-run, or to multiply at the rate that cuBLAS reaches in this run, whichever is longer. That rate is of twenty
-products. A device that multiplies for longer than a moment draws all the power it may and slows down: hence a
-second floor, at the rate that cuBLAS sustains. Where a call's time goes, kernel by kernel, is told by
-PyTorch's profiler. Streamed galleries lie in host memory; their limit is a copy from pinned memory. Nothing
-is written for cases that the time did not suffice for.
+run, or to multiply at the rate that cuBLAS reaches in this run, whichever is longer; with codes, less is read
+and multiplied than that. The rate is of twenty products. A device that multiplies for longer than a moment
+draws all the power it may and slows down: hence a second floor, at the rate that cuBLAS sustains. Where a
+call's time goes, kernel by kernel, is told by PyTorch's profiler. Streamed galleries lie in host memory;
+their limit is a copy from pinned memory. Nothing is written for cases that the time did not suffice for.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from attribution import cuda_call, cuda_library, similarity, similarity_cuda
+from attribution import cuda_call, cuda_library, cuda_walk, similarity, similarity_cuda
 from benchmarks.similarity_cuda_peers import peers
 
 INV_TAU, B = 100.0, -0.04  # some tens to hundreds of rows of 10 million random ones have weight
@@ -133,6 +133,7 @@ class Case:
     """So many queries and neighbours, what a device could do at best, and what was measured."""
 
     gallery: torch.Tensor
+    places: dict[str, similarity_cuda.Gallery]  # with values alone, and with codes
     queries: torch.Tensor
     k: int
     limits: dict[str, float]
@@ -169,8 +170,8 @@ class Case:
             self.rows.append(row)
             print(f"  {name:28s} {outcome}", flush=True)
 
-    def measure_ours(self, deadline: float) -> None:
-        place = similarity_cuda.Gallery(self.gallery)
+    def measure_ours(self, kind: str, deadline: float) -> None:
+        place, name = self.places[kind], "ours" if kind == "values" else "ours, with codes"
         settings: dict[str, Any] = {"k": self.k, "inv_tau": INV_TAU, "b": B}
         found = in_batches(self.queries, lambda some: similarity_cuda.enqueue(some, place, **settings))
         found()
@@ -197,14 +198,14 @@ class Case:
             spent = {f"{type(error).__name__}: {error}": [0, 0.0]}
         print(json.dumps({"queries": len(self.queries), "kernels": spent}), flush=True)
         methods: dict[str, Callable[[], Any]] = {
-            "ours": found,
-            "ours, as a graph": graph.replay,
-            "ours, from and to numpy": lambda: similarity_cuda.attribute(self.queries, place, **settings),
+            name: found,
+            f"{name}, as a graph": graph.replay,
+            f"{name}, from and to numpy": lambda: similarity_cuda.attribute(self.queries, place, **settings),
         }
         self.measure(
             methods, deadline, float("inf"),
             kernel=cuda_library.kernel_allowed(), unsettled_queries=unsettled, peak_bytes=peak - outputs,
-            kernels=spent,
+            kernels=spent, operand=cuda_walk.coded_operand(place, len(self.queries), self.k) or place.storage,
         )  # fmt: skip
         del held
 
@@ -233,7 +234,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this long")
     parser.add_argument("--streamed-rows", type=int, default=4_000_000)
-    parser.add_argument("--only", choices=("ours", "peers"), help="leave the others out")
+    parts = ("streamed", "values", "codes", "peers")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="leave the others out")
     results = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     parser.add_argument("--output", type=Path, default=results / "similarity_cuda.json")
     options = parser.parse_args()
@@ -252,22 +254,35 @@ def main() -> None:
     gallery = unit_rows(options.rows, options.dim, 0)
     queries = unit_rows(max(options.queries), options.dim, 1).float()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    if not options.only:
+    if "streamed" in options.only:
         try:
             rows = gallery[: options.streamed_rows]
             result["streamed"] = streamed(rows, queries, [1, 64, 1024], options.k[0])
         except Exception as error:
             print(f"  streamed: {type(error).__name__}: {error}", flush=True)
             result["failures"].append(f"streamed: {error}")
+    places = {"values": similarity_cuda.Gallery(gallery)}
+    if "codes" in options.only:
+        began = time.perf_counter()
+        places["codes"] = places["values"].compressed()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        held = places["codes"].coded
+        result["codes"] = {"seconds_to_make": seconds, "bytes": held.nbytes if held else 0}
+        print(json.dumps(result["codes"]), flush=True)
     cases = [
-        Case(gallery, queries[:count], k, result["ceilings"]) for k in options.k for count in options.queries
+        Case(gallery, places, queries[:count], k, result["ceilings"])
+        for k in options.k
+        for count in options.queries
     ]
     # Ours first: the time may not suffice for all of the others.
-    measures = {"ours": Case.measure_ours, "peers": Case.measure_peers}
-    for measure in [measures[options.only]] if options.only else measures.values():
+    for part in [one for one in parts[1:] if one in options.only]:
         for case in cases:
             try:
-                measure(case, deadline)
+                if part == "peers":
+                    case.measure_peers(deadline)
+                else:
+                    case.measure_ours(part, deadline)
             except Exception as error:
                 print(f"  {type(error).__name__}: {error}", flush=True)
                 result["failures"].append(f"{len(case.queries)} queries, k = {case.k}: {error}")

@@ -120,7 +120,9 @@ def test_the_environment_may_choose(device: str, monkeypatch: pytest.MonkeyPatch
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, fresh: int = 300) -> None:
-    def plan(k: int, window: int, rows: int, queries: int) -> tuple[int, int, int]:
+    def plan(
+        k: int, window: int, rows: int, queries: int, operand: str | None = None
+    ) -> tuple[int, int, int]:
         return k + max(window, k // 2 + 64) + fresh, 256, 4
 
     monkeypatch.setattr(cuda_walk, "plan_chunks", plan)

@@ -79,12 +79,15 @@ def assert_enqueued(found: similarity_cuda.Enqueued, want: similarity.Attributio
 
 
 # Fresh inputs every time: a kernel that leaves its output as it was would pass on the last one's.
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 256, 257, 1025])
+@pytest.mark.parametrize("count", [1, 2, 32, 33, 63, 64, 65, 127, 128, 129, 256, 257, 1025])
 @pytest.mark.parametrize("rows", [20_000, 65_537])
 def test_many_rows(count: int, rows: int) -> None:
     queries, stored, want = world(int.from_bytes(os.urandom(4), "little"), count, rows, 768)
     on_device = stored.cuda()
     assert_same(want, similarity.attribute(queries, on_device, **SETTINGS))
+    coded = similarity.compress(on_device)
+    assert coded.coded is not None
+    assert_same(want, similarity.attribute(queries, coded, **SETTINGS))
     assert_same(want, similarity.attribute(queries, similarity_cuda.Gallery(stored), **SETTINGS))
 
 
@@ -129,10 +132,13 @@ def test_two_streams_and_two_threads_do_not_meet() -> None:
     assert not failures, failures
 
 
-def test_a_graph_holds_a_call() -> None:
-    queries, stored, want = world(5, 70, 50_000, 64)
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("count", [5, 70])
+def test_a_graph_holds_a_call(count: int, coded: bool) -> None:
+    queries, stored, want = world(5, count, 50_000, 64)
     other = queries[::-1].copy()
     place = similarity_cuda.Gallery(stored)
+    place = place.compressed() if coded else place
     values = torch.from_numpy(queries).cuda()
     similarity_cuda.enqueue(values, place, **SETTINGS)  # loads the kernels
     torch.cuda.synchronize()
@@ -184,11 +190,12 @@ def test_pinned_rows_are_sent_from_where_they_lie() -> None:
 def test_a_call_takes_little_memory_beside_the_gallery() -> None:
     queries, stored, _ = world(7, 2048, 100_000, 128)
     place = similarity_cuda.Gallery(stored)
-    for k in (100, 1000):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        similarity.attribute(queries, place, k=k, inv_tau=60.0, b=-0.2)
-        assert torch.cuda.max_memory_allocated() - before < 256 << 20
+    for some in (place, place.compressed()):
+        for count, k in ((2048, 100), (2048, 1000), (32, 1000)):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            similarity.attribute(queries[:count], some, k=k, inv_tau=60.0, b=-0.2)
+            assert torch.cuda.max_memory_allocated() - before < 256 << 20
 
 
 def test_too_little_memory_says_how_much() -> None:

@@ -22,9 +22,28 @@ constexpr int stripe_rows = 128;
 constexpr int query_tile = 128;
 constexpr int line_bytes = 128;
 
-struct Stripe {
-  float norm;   // largest |x|, upwards; infinite where a value is not finite or the square overflows
-  float scale;  // largest scale; NaN where one is negative or not finite
+struct alignas(16) Stripe {
+  float norm;      // largest |x|, upwards; infinite where a value is not finite or the square overflows
+  float scale;     // largest scale; NaN where one is negative or not finite
+  float residual;  // largest |x - x as the filter reads it|, upwards, beyond what is in proportion to norm: of codes
+  float step;      // what one unit of a row's codes counts; 1 of values
+};
+
+// What the filter multiplies: values as they are stored; or codes, of 8 bits, of queries of 16 bits in two lines.
+enum class Operand : int { float32, float16, bfloat16, codes, wide_codes };
+__host__ __device__ constexpr int64_t bytes_of(Operand operand) { return operand == Operand::float32 ? 4 : operand < Operand::codes ? 2 : 1; }
+__host__ __device__ constexpr int planes_of(Operand operand) { return operand == Operand::wide_codes ? 2 : 1; }
+template <Operand operand>
+struct SumOf {
+  typedef float type;
+};
+template <>
+struct SumOf<Operand::codes> {
+  typedef int32_t type;
+};
+template <>
+struct SumOf<Operand::wide_codes> {
+  typedef int32_t type;
 };
 
 // Rows that lie together in device memory.
@@ -34,17 +53,21 @@ struct Slab {
   int64_t count;
   int64_t first_row;   // index of its first row in the walk
   const float* scale;  // [count] or null: 1
-  const Stripe* stripes;
+  const Stripe* stripes;     // of what the filter reads
+  const signed char* codes;  // [count] rows of dim, or null
+  int64_t code_stride;
 };
 
 // A query as the filter sees it, in units of its packed values: 2^-power of a score.
-struct alignas(32) Query {
+struct alignas(16) Query {
   float cut;      // what a fast score must reach, but for its error; +inf: nothing more is wanted
-  float a, b, c;  // |fast score - canonical score| <= a * norm * scale + b * scale + c
+  float a, b, c;  // |fast score - canonical score| <= (a * norm + size_packed * residual) * scale + b * scale + c
   float offset;
   float unit;  // 2^power; a score is unit * fast score
   float size;  // |q|, upwards, in units of a score
   float shift_of_score;  // |offset|, upwards, likewise
+  float size_packed;     // |q|, upwards, in units of the packed query; 0 where the filter reads values
+  float step;            // what one unit of the query's codes counts; 1 of values
 };
 
 // A candidate is one word, larger for a better one: the score, then the lower row.
@@ -64,15 +87,18 @@ struct Selected {
 
 // Everything a batch of queries has in device memory. All pointers are into one workspace.
 struct Batch {
-  int queries, padded;  // padded to a multiple of query_tile
+  int queries;
+  int padded;  // lines of packed queries, a multiple of query_tile
   int dim;
   int storage;
-  int64_t line;           // bytes of a packed query
+  Operand operand;
+  int64_t line;           // bytes of a packed query, or of a plane of it
+  const float* center;    // [dim] of the codes, or null
   const float* values;    // [queries][dim] as given
   const float* offset;    // [queries] or null
   unsigned char* packed;  // [padded][line]
-  Query* query;           // [padded]
-  Selected* selected;     // [padded]
+  Query* query;           // [padded / planes]
+  Selected* selected;     // [padded / planes]
   Key* buffer;            // [queries][capacity]
   uint32_t* scratch;      // [queries][capacity]
   int64_t capacity;
@@ -158,6 +184,8 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float value) { return __h
 // number, one more if it is its values rather than its scale. norms: stripes of the same rows with other scales, or null.
 void measure_rows(const Slab& slab, int storage, int dim, const Stripe* norms, Stripe* stripes, Key* refused, cudaStream_t stream);
 void pack_queries(const Batch& batch, cudaStream_t stream);
+// slab.codes: [count][code_stride], written; fills stripes as measure_rows does, of rows that are finite
+void encode_rows(const Slab& slab, int storage, int dim, const float* center, signed char* codes, Stripe* stripes, cudaStream_t stream);
 // slabs: [batch.slab_count], in host memory
 void note_slabs(const Batch& batch, const Slab* slabs, cudaStream_t stream);
 // What happens after a chunk: drops what is hopeless, raises cuts. exactly: leaves canonical scores, top k and window alone.

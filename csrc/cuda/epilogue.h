@@ -4,22 +4,28 @@
 
 namespace attribution::cuda {
 
-// The largest norm and scale among the stripes of rows [first, first + height) that are safe for the query: what its
-// threshold must allow for.
-template <int height>
-__device__ __forceinline__ Stripe bound_of(const Slab& slab, const Query& query, int64_t first) {
-  Stripe bound{0, 0};
-  const int64_t stripes = (slab.count + stripe_rows - 1) / stripe_rows;
-#pragma unroll
-  for (int i = 0; i < (height + stripe_rows - 1) / stripe_rows; ++i) {
-    const int64_t index = first / stripe_rows + i;
-    if (index >= stripes) break;
-    const Stripe stripe = slab.stripes[index];
-    if (!safe(stripe, query)) continue;
-    bound.norm = fmaxf(bound.norm, stripe.norm);
-    bound.scale = fmaxf(bound.scale, stripe.scale);
-  }
-  return bound;
+// The rows of a slab as the filter reads them.
+struct Lines {
+  const unsigned char* from;
+  int64_t stride, bytes;
+};
+__host__ __device__ inline Lines lines_of(const Batch& batch, const Slab& slab) {
+  const int64_t bytes = batch.dim * bytes_of(batch.operand);
+  if (batch.operand < Operand::codes) return {slab.rows, slab.stride, bytes};
+  return {reinterpret_cast<const unsigned char*>(slab.codes), slab.code_stride, bytes};
+}
+
+// What a query's sums of products with the rows of a stripe are held against.
+struct Sought {
+  float threshold;  // of a fast score
+  float step;       // what one unit of a sum counts in it
+};
+__device__ __forceinline__ Sought sought_of(const Slab& slab, const Query& query, int64_t first_row) {
+  Stripe stripe{0, 0, 0, 0};
+  if (first_row < slab.count) stripe = slab.stripes[first_row / stripe_rows];
+  const float step = stripe.step * query.step;
+  if (!safe(stripe, query)) stripe = Stripe{0, 0, 0, 0};  // Hits::add leaves them out
+  return {threshold_of(stripe, query), step};
 }
 
 // Scores that reached their threshold, of one warp: kept in shared memory until there are many. What says where in its
@@ -73,46 +79,55 @@ struct Hits {
   }
 };
 
-// values: [count] of one query, at rows first + column(i).
+// Of a query's upper and lower eight bits.
+__device__ __forceinline__ float both_planes(int32_t upper, int32_t lower) { return fmaf(float(upper), 256.0f, float(lower)); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// sums: [count] of one query and rows first + column(i), of one stripe.
 //
 // Nearly all tiles end at the first test. What comes after it is kept short, once for sixteen values: written out for
 // each of them it was 170 KB of instructions, which a tile with a single hit had to fetch.
-template <int count, int held, class Value, class Column>
-__device__ __forceinline__ void sift(Hits<held>& hits, const Batch& batch, const Slab& slab, const Chunk& chunk, float threshold, int q,
-                                     int64_t first, const Value& value, const Column& column) {
+template <int count, int held, class Sums, class Column>
+__device__ __forceinline__ void sift(Hits<held>& hits, const Batch& batch, const Slab& slab, const Chunk& chunk, const Sought& sought, int q,
+                                     int64_t first, const Sums& sums, const Column& column) {
   constexpr int together = 16;
+  typedef decltype(sums(0)) Sum;
+  const float threshold = sought.threshold;
   static_assert(count % together == 0, "");
-  const float offset = batch.offset != nullptr ? batch.query[q].offset : 0.0f;
+  const bool shifted = batch.offset != nullptr || batch.center != nullptr;
+  const float offset = shifted ? batch.query[q].offset : 0.0f;
   const bool scaled = slab.scale != nullptr;
   const auto scale_of = [&](int64_t row) { return row < slab.count ? slab.scale[row] : 0.0f; };
-  float best[count / together];
+  const auto score_of_sum = [&](Sum sum) { return fmaf(float(sum), sought.step, offset); };  // a larger sum has no smaller one
+  Sum best[count / together];
   if (!scaled) {
-    float most = 0;
+    Sum most = 0;
 #pragma unroll
     for (int from = 0; from < count; from += together) {  // in turns, or each maximum would wait for the one before
 #pragma unroll
-      for (int i = 0; i < together; ++i) best[from / together] = i == 0 ? value(from) : fmaxf(best[from / together], value(from + i));
-      most = from == 0 ? best[0] : fmaxf(most, best[from / together]);
+      for (int i = 0; i < together; ++i) best[from / together] = i == 0 ? sums(from) : larger(best[from / together], sums(from + i));
+      most = from == 0 ? best[0] : larger(most, best[from / together]);
     }
-    if (!__any_sync(0xffffffffu, most + offset >= threshold)) return;
+    if (!__any_sync(0xffffffffu, score_of_sum(most) >= threshold)) return;
   }
 #pragma unroll
   for (int from = 0; from < count; from += together) {
-    if (!scaled && !__any_sync(0xffffffffu, best[from / together] + offset >= threshold)) continue;
+    if (!scaled && !__any_sync(0xffffffffu, score_of_sum(best[from / together]) >= threshold)) continue;
     uint32_t left = 0;
 #pragma unroll
     for (int i = 0; i < together; ++i) {
-      float score = value(from + i) + offset;
+      float score = score_of_sum(sums(from + i));
       if (scaled) score *= scale_of(first + column(from + i));
       left |= score >= threshold ? 1u << i : 0;
     }
 #pragma unroll 1
     while (__any_sync(0xffffffffu, left != 0)) {
       const int at = left != 0 ? __ffs(int(left)) - 1 : 0;
-      float score = 0;
+      Sum sum = 0;
 #pragma unroll
-      for (int i = 0; i < together; ++i) score = i == at ? value(from + i) : score;
-      score += offset;
+      for (int i = 0; i < together; ++i) sum = i == at ? sums(from + i) : sum;
+      float score = score_of_sum(sum);
       const int64_t row = first + column(from + at);
       if (scaled) score *= scale_of(row);
       hits.add(batch, slab, chunk, left != 0, score, q, row);

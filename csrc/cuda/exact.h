@@ -33,7 +33,7 @@ __device__ __forceinline__ bool safe(const Stripe& stripe, const Query& query) {
 
 // In the units of the packed query.
 __device__ __forceinline__ float error_of(const Stripe& stripe, const Query& query) {
-  return fmaf(query.a, stripe.norm * stripe.scale, fmaf(query.b, stripe.scale, query.c));
+  return fmaf(fmaf(query.a, stripe.norm, query.size_packed * stripe.residual), stripe.scale, fmaf(query.b, stripe.scale, query.c));
 }
 
 // What a fast score of this stripe must reach. Rounded down: the cut has been lowered by more than these roundings.

@@ -26,7 +26,7 @@ __device__ __forceinline__ void copy_slowly(unsigned char* to, const unsigned ch
 // [line_bytes] of query_tile packed queries and of tile_rows rows, from byte `at` of each.
 __device__ __forceinline__ void load_stage(const Batch& batch, const Slab& slab, const Chunk& chunk, unsigned char* stage, int first_query,
                                            int64_t first_row, int64_t at, bool aligned) {
-  const int64_t row_bytes = int64_t(batch.dim) * (batch.storage == int(Storage::float32) ? 4 : 2);
+  const Lines rows = lines_of(batch, slab);
   const uint32_t base = shared_address(stage);
 #pragma unroll
   for (int i = 0; i < query_tile * 8 / threads; ++i) {
@@ -36,24 +36,27 @@ __device__ __forceinline__ void load_stage(const Batch& batch, const Slab& slab,
 #pragma unroll
   for (int i = 0; i < tile_rows * 8 / threads; ++i) {
     const int line = i * (threads / 8) + int(threadIdx.x) / 8, piece = int(threadIdx.x) % 8;
-    const int64_t row = first_row + line, left = row_bytes - at - piece * 16;
+    const int64_t row = first_row + line, left = rows.bytes - at - piece * 16;
     const int bytes = row >= chunk.end || left <= 0 ? 0 : left < 16 ? int(left) : 16;
-    const unsigned char* from = slab.rows + (bytes > 0 ? row * slab.stride + at + piece * 16 : 0);
+    const unsigned char* from = rows.from + (bytes > 0 ? row * rows.stride + at + piece * 16 : 0);
     if (aligned) copy_16(base + query_tile * line_bytes + place(line, piece), from, bytes);
     else copy_slowly(stage + query_tile * line_bytes + place(line, piece), from, bytes);
   }
 }
 
-// 8 warps: 4 of 32 queries each, 2 of 64 rows each.
-template <Storage storage>
+// 8 warps: 4 of 32 lines of queries each, 2 of 64 rows each.
+template <Operand operand>
 __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab slab, Chunk chunk) {
   unsigned char* memory = shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  typedef typename SumOf<operand>::type Sum;
+  constexpr int planes = planes_of(operand);
   const int warp_query = warp % 4 * 32, warp_row = warp / 4 * 64;
   const int steps = int(batch.line / line_bytes), query_tiles = batch.padded / query_tile;
   const int64_t first_tile = chunk.begin / tile_rows, row_tiles = (chunk.end + tile_rows - 1) / tile_rows - first_tile;
   const int64_t tiles = row_tiles * query_tiles;
-  const bool aligned = reinterpret_cast<uintptr_t>(slab.rows) % 16 == 0 && slab.stride % 16 == 0;
+  const Lines lines = lines_of(batch, slab);
+  const bool aligned = reinterpret_cast<uintptr_t>(lines.from) % 16 == 0 && lines.stride % 16 == 0;
   const int64_t own = blockIdx.x < tiles ? (tiles - 1 - blockIdx.x) / gridDim.x + 1 : 0;
 
   // One pipeline through all tiles of this block: the loads do not stop where a tile ends.
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
   int stage = 0;
   for (int64_t i = 0; i < own; ++i) {
     const int64_t tile = blockIdx.x + i * gridDim.x;
-    float sums[2][8][4] = {};
+    Sum sums[2][8][4] = {};
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<stages - 2>();
       __syncthreads();
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-          for (int n = 0; n < 8; ++n) multiply<storage>(sums[m][n], a[m], b[n]);
+          for (int n = 0; n < 8; ++n) multiply<operand>(sums[m][n], a[m], b[n]);
       }
       stage = (stage + 1) % stages;
     }
@@ -107,13 +110,16 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int q = int(tile % query_tiles) * query_tile + warp_query + m * 16 + half * 8 + lane / 4;
-        const Query query = batch.query[q];
-        const float threshold = threshold_of(bound_of<tile_rows>(slab, query, first_row), query);
+      for (int half = 0; half < 2 / planes; ++half) {
+        const int q = (int(tile % query_tiles) * query_tile + warp_query + m * 16) / planes + half * 8 + lane / 4;
         sift<16>(
-            hits, batch, slab, chunk, threshold, q, first_row + warp_row + lane % 4 * 2,
-            [&](int v) { return sums[m][v / 2][half * 2 + v % 2]; }, [](int v) { return v / 2 * 8 + v % 2; });
+            hits, batch, slab, chunk, sought_of(slab, batch.query[q], first_row), q, first_row + warp_row + lane % 4 * 2,
+            [&](int v) {
+              const Sum* both = sums[m][v / 2];
+              if constexpr (planes == 2) return both_planes(both[v % 2], both[2 + v % 2]);
+              else return both[half * 2 + v % 2];
+            },
+            [](int v) { return v / 2 * 8 + v % 2; });
       }
   }
   hits.flush(batch, slab, chunk);
@@ -125,9 +131,15 @@ __global__ void __launch_bounds__(threads, 1) filter_kernel(Batch batch, Slab sl
 void filter_generic(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
   if (batch.queries == 0 || chunk.begin >= chunk.end) return;
   const int64_t tiles = ((chunk.end + tile_rows - 1) / tile_rows - chunk.begin / tile_rows) * (batch.padded / query_tile);
-  const auto kernel = batch.storage == int(Storage::float32)   ? filter_kernel<Storage::float32>
-                      : batch.storage == int(Storage::float16) ? filter_kernel<Storage::float16>
-                                                               : filter_kernel<Storage::bfloat16>;
+  const auto kernel = [&] {
+    switch (batch.operand) {
+      case Operand::float32: return filter_kernel<Operand::float32>;
+      case Operand::float16: return filter_kernel<Operand::float16>;
+      case Operand::bfloat16: return filter_kernel<Operand::bfloat16>;
+      case Operand::codes: return filter_kernel<Operand::codes>;
+      default: return filter_kernel<Operand::wide_codes>;
+    }
+  }();
   launch("filter", kernel, tiles < processors ? tiles : processors, threads, shared_bytes, stream, 1, batch, slab, chunk);
 }
 

@@ -22,7 +22,7 @@ struct Pairs {
   static constexpr bool resident = false;
 };
 
-constexpr int group_lines = 64;  // queries of one consumer
+constexpr int group_lines = 64;  // of queries, of one consumer
 constexpr int box_rows = 128;
 constexpr size_t barrier_bytes = 1024;
 constexpr size_t most_shared = 227 << 10;
@@ -46,12 +46,13 @@ int stages_of(int64_t line) {
   return int(stages < 12 ? stages : 12);
 }
 
-template <Storage storage, class Shape>
+template <Operand operand, class Shape>
 __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
     hopper_kernel(const __grid_constant__ TensorMap queries_map, const __grid_constant__ TensorMap rows_map, Batch batch, Slab slab,
                   Chunk chunk, int stages) {
   constexpr int consumers = Shape::consumers, tile_rows = Shape::tile_rows, cluster = Shape::cluster;
-  constexpr int line_values = line_bytes / (storage == Storage::float32 ? 4 : 2);
+  constexpr int line_values = line_bytes / int(bytes_of(operand)), planes = planes_of(operand), stripes = tile_rows / stripe_rows;
+  typedef typename SumOf<operand>::type Sum;
   constexpr int queries_bytes = Shape::resident ? 0 : consumers * group_lines * line_bytes;
   const int steps = int(batch.line / line_bytes);
   const uint32_t memory = shared_address(shared_memory());
@@ -134,9 +135,10 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
     uint32_t parity = 0;
     for (int64_t tile = own_first; tile < tiles; tile += hop) {
       const int64_t first_row = (first_tile + tile / query_groups) * tile_rows;
-      const int first_query = (int(tile % query_groups) * cluster + int(rank)) * query_tile + (group - 1) * group_lines + warp * 16 + lane / 4;
-      float sums[tile_rows / 2];
-      float threshold[2];
+      const int first_line = (int(tile % query_groups) * cluster + int(rank)) * query_tile + (group - 1) * group_lines + warp * 16;
+      const int first_query = first_line / planes + lane / 4;
+      Sum sums[tile_rows / 2];
+      Sought sought[2 / planes][stripes];
       for (int step = 0; step < steps; ++step) {
         wait(full(stage), parity);
         const uint32_t at = stage_at(stage);
@@ -146,12 +148,14 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
         hold(sums);
         begin_products();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) multiply_add<storage>(sums, advanced(a, k * 32), advanced(b, k * 32), step > 0 || k > 0);
+        for (int k = 0; k < 4; ++k) multiply_add<operand>(sums, advanced(a, k * 32), advanced(b, k * 32), step > 0 || k > 0);
         commit_products();
         if (step == 0) {  // while the first products are under way
-          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int half = 0; half < 2 / planes; ++half) {
             const Query query = batch.query[first_query + half * 8];
-            threshold[half] = threshold_of(bound_of<tile_rows>(slab, query, first_row), query);
+#pragma unroll
+            for (int i = 0; i < stripes; ++i) sought[half][i] = sought_of(slab, query, first_row + i * stripe_rows);
           }
         } else {
           wait_for_products<1>();  // those of the step before are done with its stage
@@ -167,10 +171,17 @@ __global__ void __launch_bounds__(128 * (1 + Shape::consumers), 1)
       hold(sums);
       release(before);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        sift<tile_rows / 4>(
-            hits, batch, slab, chunk, threshold[half], first_query + half * 8, first_row + lane % 4 * 2,
-            [&](int v) { return sums[v / 2 * 4 + half * 2 + v % 2]; }, [](int v) { return v / 2 * 8 + v % 2; });
+      for (int half = 0; half < 2 / planes; ++half)
+#pragma unroll
+        for (int i = 0; i < stripes; ++i)
+          sift<stripe_rows / 4>(
+              hits, batch, slab, chunk, sought[half][i], first_query + half * 8, first_row + i * stripe_rows + lane % 4 * 2,
+              [&](int v) {
+                const Sum* both = sums + i * (stripe_rows / 2) + v / 2 * 4;
+                if constexpr (planes == 2) return both_planes(both[v % 2], both[2 + v % 2]);
+                else return both[half * 2 + v % 2];
+              },
+              [](int v) { return v / 2 * 8 + v % 2; });
     }
     hits.flush(batch, slab, chunk);
   }
@@ -184,23 +195,31 @@ TensorMap encode(const Boxes& boxes);
 #endif
 
 // Boxes of one line's bytes by so many rows.
-TensorMap map_of(const unsigned char* base, Storage storage, int64_t columns, int64_t rows, int64_t stride, int lines) {
-  return encode({base, storage, {uint64_t(columns), uint64_t(rows)}, uint64_t(stride), {uint32_t(line_bytes / bytes_of(storage)), uint32_t(lines)}});
+TensorMap map_of(const unsigned char* base, Operand operand, int64_t columns, int64_t rows, int64_t stride, int lines) {
+  return encode({base, operand, {uint64_t(columns), uint64_t(rows)}, uint64_t(stride), {uint32_t(line_bytes / bytes_of(operand)), uint32_t(lines)}});
 }
 
 template <class Shape>
 void walk(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
-  const Storage storage = Storage(batch.storage);
-  const TensorMap queries_map = map_of(batch.packed, storage, batch.line / bytes_of(storage), batch.padded, batch.line, group_lines);
-  const TensorMap rows_map = map_of(slab.rows, storage, batch.dim, slab.count, slab.stride, box_rows);
+  const Lines rows = lines_of(batch, slab);
+  const TensorMap queries_map = map_of(batch.packed, batch.operand, batch.line / bytes_of(batch.operand), batch.padded, batch.line, group_lines);
+  const TensorMap rows_map = map_of(rows.from, batch.operand, batch.dim, slab.count, rows.stride, box_rows);
   const int stages = stages_of<Shape>(batch.line);
   const size_t bytes = barrier_bytes + resident_bytes<Shape>(batch.line) + size_t(stages) * stage_bytes<Shape> + hits_bytes<Shape>;
   const int query_groups = Shape::resident ? 1 : batch.padded / query_tile / Shape::cluster;
   const int64_t tiles = ((chunk.end + Shape::tile_rows - 1) / Shape::tile_rows - chunk.begin / Shape::tile_rows) * query_groups;
   const int64_t clusters = processors / Shape::cluster;
-  const auto kernel = batch.storage == int(Storage::float32)   ? hopper_kernel<Storage::float32, Shape>
-                      : batch.storage == int(Storage::float16) ? hopper_kernel<Storage::float16, Shape>
-                                                               : hopper_kernel<Storage::bfloat16, Shape>;
+  const auto kernel = [&] {
+    switch (batch.operand) {
+      case Operand::float32: return hopper_kernel<Operand::float32, Shape>;
+      case Operand::float16: return hopper_kernel<Operand::float16, Shape>;
+      case Operand::bfloat16: return hopper_kernel<Operand::bfloat16, Shape>;
+      case Operand::codes: return hopper_kernel<Operand::codes, Shape>;
+      default: break;
+    }
+    if constexpr (Shape::cluster == 1) return hopper_kernel<Operand::wide_codes, Shape>;
+    return hopper_kernel<Operand::codes, Shape>;  // not reached: filter_hopper chooses another shape
+  }();
   launch("filter (sm_90a)", kernel, (tiles < clusters ? tiles : clusters) * Shape::cluster, 128 * (1 + Shape::consumers), bytes, stream,
          Shape::cluster, queries_map, rows_map, batch, slab, chunk, stages);
 }
@@ -220,9 +239,10 @@ TensorMap encode(const Boxes& boxes) {
   }();
   const cuuint64_t sizes[2] = {boxes.sizes[0], boxes.sizes[1]}, strides[1] = {boxes.stride};
   const cuuint32_t steps[2] = {1, 1};
-  const CUtensorMapDataType type = boxes.storage == Storage::float32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                   : boxes.storage == Storage::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = boxes.operand == Operand::float32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : boxes.operand == Operand::float16  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                   : boxes.operand == Operand::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                        : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   TensorMap map;
   const CUresult result = tiled(&map, type, 2, const_cast<unsigned char*>(boxes.base), sizes, strides, boxes.box, steps,
                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -239,16 +259,17 @@ TensorMap encode(const Boxes& boxes) {
 
 bool hopper_can(const Batch& batch, const Slab& slab) {
   // The copy engine wants multiples of 16 bytes and rows that do not overlap, and knows rows by 31 bits.
-  const int64_t row_bytes = batch.dim * bytes_of(Storage(batch.storage));
-  if (reinterpret_cast<uintptr_t>(slab.rows) % 16 != 0 || slab.stride % 16 != 0 || slab.stride < row_bytes) return false;
-  if (slab.stride >= (int64_t(1) << 40) || slab.count >= (int64_t(1) << 31)) return false;
+  const Lines rows = lines_of(batch, slab);
+  if (reinterpret_cast<uintptr_t>(rows.from) % 16 != 0 || rows.stride % 16 != 0 || rows.stride < rows.bytes) return false;
+  if (rows.stride >= (int64_t(1) << 40) || slab.count >= (int64_t(1) << 31)) return false;
   return stages_of<Many>(batch.line) >= 2;
 }
 
 void filter_hopper(const Batch& batch, const Slab& slab, const Chunk& chunk, int processors, cudaStream_t stream) {
   if (batch.queries == 0 || chunk.begin >= chunk.end) return;
-  if (batch.queries <= group_lines && stages_of<Few>(batch.line) >= 4) return walk<Few>(batch, slab, chunk, processors, stream);
-  if (batch.padded / query_tile % 2 == 0 && processors >= 2) return walk<Pairs>(batch, slab, chunk, processors, stream);
+  const int lines = (batch.queries + 7) / 8 * 8 * planes_of(batch.operand);
+  if (lines <= group_lines && stages_of<Few>(batch.line) >= 4) return walk<Few>(batch, slab, chunk, processors, stream);
+  if (batch.padded / query_tile % 2 == 0 && processors >= 2 && batch.operand != Operand::wide_codes) return walk<Pairs>(batch, slab, chunk, processors, stream);
   walk<Many>(batch, slab, chunk, processors, stream);
 }
 

@@ -12,12 +12,12 @@ namespace attribution::cuda {
 // A matrix in device memory as the copy engine is told of it: columns first. It takes boxes of it.
 struct Boxes {
   const unsigned char* base;
-  Storage storage;
+  Operand operand;
   uint64_t sizes[2];
   uint64_t stride;  // bytes from row to row
   uint32_t box[2];
 
-  uint64_t row_bytes() const { return sizes[0] * uint64_t(bytes_of(storage)); }
+  uint64_t row_bytes() const { return sizes[0] * uint64_t(bytes_of(operand)); }
 };
 
 // A matrix in shared memory as the tensor cores are told of it: lines of 128 bytes, swizzled, eight of them every 1024
@@ -113,6 +113,11 @@ __device__ __forceinline__ void hold(float (&sums)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
+template <int count>
+__device__ __forceinline__ void hold(int32_t (&sums)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
 template <int registers>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
@@ -134,33 +139,36 @@ __device__ __forceinline__ void give_registers() {
   "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "      \
   "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
   "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define ATTRIBUTION_SUMS_8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ATTRIBUTION_SUMS_32(i) ATTRIBUTION_SUMS_8(i), ATTRIBUTION_SUMS_8(i + 8), ATTRIBUTION_SUMS_8(i + 16), ATTRIBUTION_SUMS_8(i + 24)
-#define ATTRIBUTION_SUMS_64 ATTRIBUTION_SUMS_32(0), ATTRIBUTION_SUMS_32(32)
-#define ATTRIBUTION_SUMS_128 ATTRIBUTION_SUMS_64, ATTRIBUTION_SUMS_32(64), ATTRIBUTION_SUMS_32(96)
-// The operands after the sums are numbered on from them.
-#define ATTRIBUTION_WGMMA(sums, columns, types, transposed, a_name, b_name, add_name)                               \
+#define ATTRIBUTION_SUMS_8(sum, i) \
+  sum(d[i]), sum(d[i + 1]), sum(d[i + 2]), sum(d[i + 3]), sum(d[i + 4]), sum(d[i + 5]), sum(d[i + 6]), sum(d[i + 7])
+#define ATTRIBUTION_SUMS_32(sum, i) \
+  ATTRIBUTION_SUMS_8(sum, i), ATTRIBUTION_SUMS_8(sum, i + 8), ATTRIBUTION_SUMS_8(sum, i + 16), ATTRIBUTION_SUMS_8(sum, i + 24)
+#define ATTRIBUTION_SUMS_64(sum) ATTRIBUTION_SUMS_32(sum, 0), ATTRIBUTION_SUMS_32(sum, 32)
+#define ATTRIBUTION_SUMS_128(sum) ATTRIBUTION_SUMS_64(sum), ATTRIBUTION_SUMS_32(sum, 64), ATTRIBUTION_SUMS_32(sum, 96)
+// The operands after the sums are numbered on from them; sum: their constraint.
+#define ATTRIBUTION_WGMMA(sums, columns, types, sum, more, a_name, b_name, add_name)                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_name ", 0;\n"                                                \
                "wgmma.mma_async.sync.aligned.m64n" columns types " {" ATTRIBUTION_NAMES_##sums "}, " a_name ", "     \
-               b_name ", p, 1, 1" transposed ";\n}\n"                                                               \
-               : ATTRIBUTION_SUMS_##sums                                                                            \
+               b_name ", p" more ";\n}\n"                                                                           \
+               : ATTRIBUTION_SUMS_##sums(sum)                                                                       \
                : "l"(a), "l"(b), "r"(int(add)))
-#define ATTRIBUTION_WGMMA_128(types, transposed) ATTRIBUTION_WGMMA(64, "128", types, transposed, "%64", "%65", "%66")
-#define ATTRIBUTION_WGMMA_256(types, transposed) ATTRIBUTION_WGMMA(128, "256", types, transposed, "%128", "%129", "%130")
+#define ATTRIBUTION_WGMMA_128(types, sum, more) ATTRIBUTION_WGMMA(64, "128", types, sum, more, "%64", "%65", "%66")
+#define ATTRIBUTION_WGMMA_256(types, sum, more) ATTRIBUTION_WGMMA(128, "256", types, sum, more, "%128", "%129", "%130")
 
 // d = d + a . b, or a . b, over 32 bytes of each line; 64 lines of a, 2 count of b. Asynchronous.
-template <Storage storage, int count>
-__device__ __forceinline__ void multiply_add(float (&d)[count], uint64_t a, uint64_t b, bool add) {
+template <Operand operand, class Sum, int count>
+__device__ __forceinline__ void multiply_add(Sum (&d)[count], uint64_t a, uint64_t b, bool add) {
   static_assert(count == 64 || count == 128, "");
   if constexpr (count == 128) {
-    if constexpr (storage == Storage::float32) ATTRIBUTION_WGMMA_256("k8.f32.tf32.tf32", "");
-    else if constexpr (storage == Storage::float16) ATTRIBUTION_WGMMA_256("k16.f32.f16.f16", ", 0, 0");
-    else ATTRIBUTION_WGMMA_256("k16.f32.bf16.bf16", ", 0, 0");
+    if constexpr (operand == Operand::float32) ATTRIBUTION_WGMMA_256("k8.f32.tf32.tf32", "+f", ", 1, 1");
+    else if constexpr (operand == Operand::float16) ATTRIBUTION_WGMMA_256("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
+    else if constexpr (operand == Operand::bfloat16) ATTRIBUTION_WGMMA_256("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
+    else ATTRIBUTION_WGMMA_256("k32.s32.s8.s8", "+r", "");
   } else {
-    if constexpr (storage == Storage::float32) ATTRIBUTION_WGMMA_128("k8.f32.tf32.tf32", "");
-    else if constexpr (storage == Storage::float16) ATTRIBUTION_WGMMA_128("k16.f32.f16.f16", ", 0, 0");
-    else ATTRIBUTION_WGMMA_128("k16.f32.bf16.bf16", ", 0, 0");
+    if constexpr (operand == Operand::float32) ATTRIBUTION_WGMMA_128("k8.f32.tf32.tf32", "+f", ", 1, 1");
+    else if constexpr (operand == Operand::float16) ATTRIBUTION_WGMMA_128("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
+    else if constexpr (operand == Operand::bfloat16) ATTRIBUTION_WGMMA_128("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
+    else ATTRIBUTION_WGMMA_128("k32.s32.s8.s8", "+r", "");
   }
 }
 

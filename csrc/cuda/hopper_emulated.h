@@ -11,7 +11,7 @@ struct alignas(64) TensorMap {
 
 // Refuses what the driver refuses.
 inline TensorMap encode(const Boxes& boxes) {
-  const uint64_t box_bytes = boxes.box[0] * uint64_t(bytes_of(boxes.storage));
+  const uint64_t box_bytes = boxes.box[0] * uint64_t(bytes_of(boxes.operand));
   const bool sizes = boxes.sizes[0] - 1 < uint64_t(1) << 32 && boxes.sizes[1] - 1 < uint64_t(1) << 32;
   const bool strides = boxes.stride % 16 == 0 && boxes.stride < uint64_t(1) << 40 && boxes.stride >= boxes.row_bytes();
   const bool box = boxes.box[0] - 1 < 256 && boxes.box[1] - 1 < 256 && box_bytes % 16 == 0 && box_bytes <= 128;  // of the swizzle
@@ -72,7 +72,7 @@ inline void cluster_barrier() {
 
 // Into one block of the cluster. Beyond the matrix there are zeros, and they count.
 inline void land(const Boxes& boxes, emulated::Cta& cta, uint32_t to, uint32_t barrier, int column, int64_t row) {
-  const int bytes = int(bytes_of(boxes.storage)), line = int(boxes.box[0]) * bytes;
+  const int bytes = int(bytes_of(boxes.operand)), line = int(boxes.box[0]) * bytes;
   for (int r = 0; r < int(boxes.box[1]); ++r)
     for (int c = 0; c < int(boxes.box[0]); ++c) {
       unsigned char* place = at_shared(cta, swizzled(to + uint32_t(r * line + c * bytes)), size_t(bytes));
@@ -106,8 +106,8 @@ void wait_for_products() {
   emulated::finish(emulated::machine.current->products, emulated::machine.current->products.group - left);
   emulated::warp_barrier();  // one thread's wait is the warp's: it may say that all have read a stage
 }
-template <int count>
-void hold(float (&)[count]) {}
+template <class Sum, int count>
+void hold(Sum (&)[count]) {}
 template <int registers>
 void take_registers() {
   emulated::warp_barrier();
@@ -126,19 +126,19 @@ inline uint32_t place_of(uint64_t matrix, int line, int byte) {
   return swizzled(start + uint32_t(line / 8) * stride + uint32_t(line % 8 * 128 + byte));
 }
 
-template <Storage storage, int count>
-void multiply_add(float (&d)[count], uint64_t a, uint64_t b, bool add) {
-  float* sums = d;
+template <Operand operand, class Sum, int count>
+void multiply_add(Sum (&d)[count], uint64_t a, uint64_t b, bool add) {
+  Sum* sums = d;
   emulated::Fiber& me = *emulated::machine.current;
   emulated::Cta* cta = me.cta;
   const int lane = int(me.lane()), warp = int(me.thread.x / 32 % 4);
   struct Line {
-    Pair pairs[8];
+    Word words[8];
     Line(const emulated::Cta& cta, uint64_t matrix, int line) {
       for (int w = 0; w < 8; ++w) {
         uint32_t word;
         std::memcpy(&word, at_shared(cta, place_of(matrix, line, w * 4), 4), 4);
-        pairs[w] = values_of<storage>(word);
+        words[w] = values_of<operand>(word);
       }
     }
   };
@@ -148,10 +148,10 @@ void multiply_add(float (&d)[count], uint64_t a, uint64_t b, bool add) {
       for (int odd = 0; odd < 2; ++odd) {
         const Line column(*cta, b, i / 4 * 8 + lane % 4 * 2 + odd);
         for (int lower = 0; lower < 2; ++lower) {
-          float& to = sums[i + 2 * lower + odd];
+          Sum& to = sums[i + 2 * lower + odd];
           double sum = add ? double(to) : 0.0;
-          for (int w = 0; w < 8; ++w) sum += product(rows[lower].pairs[w], column.pairs[w]);
-          to = cut_off(sum);
+          for (int w = 0; w < 8; ++w) sum += product(rows[lower].words[w], column.words[w]);
+          cut_off(sum, &to);
         }
       }
   });

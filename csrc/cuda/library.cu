@@ -24,6 +24,8 @@ void check(cudaError_t error, const char* what) {
 // Everything about some queries; the same for all calls about them.
 struct Plan {
   int64_t queries, dim, storage, capacity;
+  int64_t operand;            // what the filter multiplies
+  const float* center;        // [dim] of codes, or null
   const float* values;        // [queries][dim]
   const float* offset;        // [queries] or null
   unsigned char* workspace;   // [attribution_cuda_layout's last]
@@ -46,9 +48,15 @@ thread_local std::string failure;
 
 enum Place { packed, query, selected, buffer, scratch, fault, slabs, all, places };
 
-void lay_out(int64_t queries, int64_t dim, int64_t storage, int64_t capacity, int64_t slab_count, int64_t* at) {
-  const int64_t padded = (queries + query_tile - 1) / query_tile * query_tile;
-  const int64_t line = (dim * (storage == int64_t(Storage::float32) ? 4 : 2) + line_bytes - 1) / line_bytes * line_bytes;
+// Of packed queries: how many, and how long.
+int64_t padded_lines(int64_t queries, Operand operand) {
+  const int64_t lines = (queries + 7) / 8 * 8 * planes_of(operand);
+  return (lines + query_tile - 1) / query_tile * query_tile;
+}
+int64_t bytes_of_line(int64_t dim, Operand operand) { return (dim * bytes_of(operand) + line_bytes - 1) / line_bytes * line_bytes; }
+
+void lay_out(int64_t queries, int64_t dim, int64_t operand, int64_t capacity, int64_t slab_count, int64_t* at) {
+  const int64_t padded = padded_lines(queries, Operand(operand)), line = bytes_of_line(dim, Operand(operand));
   const int64_t bytes[] = {padded * line,          padded * int64_t(sizeof(Query)), padded * int64_t(sizeof(Selected)), queries * capacity * 8,
                            queries * capacity * 4, 8,                               slab_count * int64_t(sizeof(Slab))};
   int64_t next = 0;
@@ -61,13 +69,15 @@ void lay_out(int64_t queries, int64_t dim, int64_t storage, int64_t capacity, in
 
 Batch batch_of(const Plan& plan) {
   int64_t at[places];
-  lay_out(plan.queries, plan.dim, plan.storage, plan.capacity, plan.slab_count, at);
+  lay_out(plan.queries, plan.dim, plan.operand, plan.capacity, plan.slab_count, at);
   Batch batch = {};
   batch.queries = int(plan.queries);
-  batch.padded = int((plan.queries + query_tile - 1) / query_tile * query_tile);
+  batch.operand = Operand(int(plan.operand));
+  batch.padded = int(padded_lines(plan.queries, batch.operand));
   batch.dim = int(plan.dim);
   batch.storage = int(plan.storage);
-  batch.line = (plan.dim * (plan.storage == int64_t(Storage::float32) ? 4 : 2) + line_bytes - 1) / line_bytes * line_bytes;
+  batch.line = bytes_of_line(plan.dim, batch.operand);
+  batch.center = plan.center;
   batch.values = plan.values;
   batch.offset = plan.offset;
   batch.packed = plan.workspace + at[packed];
@@ -175,12 +185,19 @@ int attribution_cuda_close_link(void* link) {
 }
 
 // Offsets into the workspace: packed queries, query records, selected, candidates, scratch, fault, slabs; then its size.
-void attribution_cuda_layout(int64_t queries, int64_t dim, int64_t storage, int64_t capacity, int64_t slab_count, int64_t* at) {
-  lay_out(queries, dim, storage, capacity, slab_count, at);
+void attribution_cuda_layout(int64_t queries, int64_t dim, int64_t operand, int64_t capacity, int64_t slab_count, int64_t* at) {
+  lay_out(queries, dim, operand, capacity, slab_count, at);
 }
 
 int attribution_cuda_measure(const Slab* slab, int64_t storage, int64_t dim, const Stripe* norms, Stripe* stripes, Key* refused, void* stream) {
   return attempt([&] { measure_rows(*slab, int(storage), int(dim), norms, stripes, refused, static_cast<cudaStream_t>(stream)); });
+}
+
+// The codes of rows that have been measured, and their stripes. slab->codes: where they go
+int attribution_cuda_encode(const Slab* slab, int64_t storage, int64_t dim, const float* center, Stripe* stripes, void* stream) {
+  return attempt([&] {
+    encode_rows(*slab, int(storage), int(dim), center, const_cast<signed char*>(slab->codes), stripes, static_cast<cudaStream_t>(stream));
+  });
 }
 
 // Packs the queries, forgets all candidates and faults.

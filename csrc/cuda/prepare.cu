@@ -7,7 +7,8 @@ namespace {
 // Upwards: the sum itself is rounded, and squares below the smallest float vanish from it.
 __device__ float norm_above(float squared, int dim) { return sqrtf(squared * 1.001f + float(dim) * 0x1p-110f); }
 
-__device__ float warp_sum(float value) {
+template <class T>
+__device__ T warp_sum(T value) {
   for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
   return value;
 }
@@ -81,7 +82,10 @@ __global__ void __launch_bounds__(256) measure_kernel(Slab slab, int storage, in
     norm = fmaxf(norm, largest[w]);
     largest[8] = fmaxf(largest[8], largest[8 + w]);
   }
-  stripes[blockIdx.x] = Stripe{norms != nullptr ? norms[blockIdx.x].norm : norm, largest[8]};
+  Stripe stripe{norm, 1, 0, 1};
+  if (norms != nullptr) stripe = norms[blockIdx.x];
+  stripe.scale = largest[8];
+  stripes[blockIdx.x] = stripe;
 }
 
 __device__ uint32_t bits_packed(float value, int storage) {
@@ -95,23 +99,34 @@ __device__ float value_packed(uint32_t bits, int storage) {
   return __uint_as_float(storage == int(Storage::bfloat16) ? bits << 16 : bits);
 }
 
+// Where a query's line is, or the first of its two: eight upper halves, then their eight lower ones, so that one thread
+// gets the sums of both.
+__device__ int line_of(int q, Operand operand) { return operand == Operand::wide_codes ? q / 8 * 16 + q % 8 : q; }
+
 // One warp, one query.
 __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
-  const int q = int(blockIdx.x) * 8 + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  const int q = int(blockIdx.x) * 8 + int(threadIdx.x) / 32, lane = threadIdx.x % 32, planes = planes_of(batch.operand);
   if (q == 0 && lane == 0) *batch.fault = ~Key(0);
-  if (q >= batch.padded) return;
-  unsigned char* line = batch.packed + q * batch.line;
-  const int bytes = batch.storage == int(Storage::float32) ? 4 : 2;
+  if (q >= batch.padded / planes) return;
+  const bool coded = batch.operand >= Operand::codes;
+  unsigned char *line = batch.packed + line_of(q, batch.operand) * batch.line, *lower = line + 8 * batch.line;
+  const int bytes = int(bytes_of(batch.operand));
   bool real = q < batch.queries;
   const float* values = batch.values + int64_t(q) * batch.dim;
   float most = 0;
-  double squared = 0, moved = 0;
+  double squared = 0, moved = 0, of_center = 0, sizes = 0;
   for (int d = lane; real && d < batch.dim; d += 32) {
     most = fmaxf(most, fabsf(values[d]));
     squared += double(values[d]) * double(values[d]);
+    if (!coded) continue;
+    const double product = double(values[d]) * double(batch.center[d]);
+    of_center += product;
+    sizes += fabs(product);
   }
   most = warp_max(most);
-  for (int by = 16; by > 0; by /= 2) squared += __shfl_xor_sync(0xffffffffu, squared, by);
+  squared = warp_sum(squared);
+  of_center = warp_sum(of_center);
+  sizes = warp_sum(sizes);
   if (!(squared < double(ATTRIBUTION_INFINITY))) {
     // A query that nobody could check before. Its scores would compare with nothing, and the slots of a first chunk stay
     // unwritten; so it is left out, and is never settled.
@@ -119,7 +134,9 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
     most = 0;
     squared = 0;
   }
-  const float offset = real && batch.offset != nullptr ? batch.offset[q] : 0.0f;
+  const float own = real && batch.offset != nullptr ? batch.offset[q] : 0.0f;
+  const double whole = real && coded ? double(own) + of_center : double(own);  // codes leave out the center
+  const float offset = float(whole);
   // The largest value becomes one near 1, so that half precision neither overflows nor vanishes.
   int exponent = 0, offset_exponent = -1000;
   if (most > 0) frexpf(most, &exponent);
@@ -127,24 +144,38 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   int power = -exponent < 60 ? -exponent : 60;
   if (offset_exponent > -1000 && 59 - offset_exponent < power) power = 59 - offset_exponent;
   if (power < -126) power = -126;
+  const int largest_code = planes == 2 ? 127 * 256 : 127;
+  const float step = coded ? float(ldexp(double(most), power) / largest_code) : 1.0f;
+  const double inverse = step > 0 ? 1.0 / double(step) : 0.0;
   for (int d = lane; d < batch.line / bytes; d += 32) {
     const double exact = real && d < batch.dim ? ldexp(double(values[d]), power) : 0.0;
-    const uint32_t bits = bits_packed(float(exact), batch.storage);
-    const double difference = exact - double(value_packed(bits, batch.storage));
-    moved += difference * difference;
-    if (bytes == 4) reinterpret_cast<uint32_t*>(line)[d] = bits;
-    else reinterpret_cast<uint16_t*>(line)[d] = uint16_t(bits);
+    double held;
+    if (coded) {
+      int code = int(floor(exact * inverse + 0.5));
+      code = code > largest_code ? largest_code : code < -largest_code ? -largest_code : code;
+      held = double(code) * double(step);
+      const int upper = planes == 2 ? (code + 128) >> 8 : code;
+      reinterpret_cast<signed char*>(line)[d] = static_cast<signed char>(upper);
+      if (planes == 2) reinterpret_cast<signed char*>(lower)[d] = static_cast<signed char>(code - 256 * upper);
+    } else {
+      const uint32_t bits = bits_packed(float(exact), batch.storage);
+      held = double(value_packed(bits, batch.storage));
+      if (bytes == 4) reinterpret_cast<uint32_t*>(line)[d] = bits;
+      else reinterpret_cast<uint16_t*>(line)[d] = uint16_t(bits);
+    }
+    moved += (exact - held) * (exact - held);
   }
-  for (int by = 16; by > 0; by /= 2) moved += __shfl_xor_sync(0xffffffffu, moved, by);
+  moved = warp_sum(moved);
   if (lane != 0) return;
   const float infinite = ATTRIBUTION_INFINITY;
   // A sum of dim rounded products in any order (tensor cores cut where others round), then the offset, the scale, the
   // rounding of the canonical score, and those of threshold_of. Cauchy and Schwarz bound the sum of the products'
-  // magnitudes. Subnormal numbers may be flushed on the way.
+  // magnitudes. Subnormal numbers may be flushed on the way. Of codes, sums are exact; of what their steps make of them, and
+  // of what the center adds, some roundings are left, each of 2^-24 of its result.
   const double norm = sqrt(squared) * (1 + 1e-6), size = ldexp(norm, power), depth = sqrt(double(batch.dim));
-  const double rounding = (batch.dim + 16) * 0x1p-22, flushed = 0x1p-120;
-  const double shift = batch.storage == int(Storage::float32) ? 0x1.01p-10 : 0;  // of a row's values, cut to 10 bits
-  const double offset_size = ldexp(fabs(double(offset)), power);
+  const double rounding = coded ? 0x1p-20 : (batch.dim + 16) * 0x1p-22, flushed = 0x1p-120;
+  const double shift = batch.operand == Operand::float32 ? 0x1.01p-10 : 0;  // of a row's values, cut to 10 bits
+  const double offset_size = ldexp(fabs(double(own)) + sizes, power);
   Query query;
   query.cut = real ? -infinite : infinite;
   query.a = real ? float(1.01 * (size * (rounding + shift) + sqrt(moved) * 1.0001 + flushed * depth)) : 0;
@@ -154,6 +185,8 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   query.unit = float(ldexp(1.0, -power));
   query.size = float(norm * 1.0001);
   query.shift_of_score = fabsf(offset);
+  query.size_packed = coded ? float(1.01 * size) : 0.0f;
+  query.step = step;
   batch.query[q] = query;
   batch.selected[q] = Selected{query.cut, 0, 0, 0, real ? fine : frozen, 0};
 }
@@ -175,7 +208,7 @@ void measure_rows(const Slab& slab, int storage, int dim, const Stripe* norms, S
 }
 
 void pack_queries(const Batch& batch, cudaStream_t stream) {
-  launch("pack queries", pack_kernel, batch.padded > 0 ? (batch.padded + 7) / 8 : 1, 256, 0, stream, 1, batch);
+  launch("pack queries", pack_kernel, batch.padded > 0 ? batch.padded / planes_of(batch.operand) / 8 : 1, 256, 0, stream, 1, batch);
 }
 
 void note_slabs(const Batch& batch, const Slab* slabs, cudaStream_t stream) {

@@ -43,24 +43,32 @@ inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
   emulated::warp_barrier();
 }
 
-// What tensor cores read of a word: two halves, or one float of which they cut off 13 bits. They cut sums off, too.
-struct Pair {
-  double first, second;
+// What tensor cores read of a word: two halves, one float of which they cut off 13 bits, or four codes. They cut sums of
+// floats off, too.
+struct Word {
+  double value[4];
 };
-template <Storage storage>
-Pair values_of(uint32_t word) {
-  if (storage == Storage::float32) return {double(__uint_as_float(word & ~0x1fffu)), 0.0};
-  if (storage == Storage::float16) return {double(half_bits_to_float(uint16_t(word))), double(half_bits_to_float(uint16_t(word >> 16)))};
-  return {double(__uint_as_float(word << 16)), double(__uint_as_float(word & 0xffff0000u))};
+template <Operand operand>
+Word values_of(uint32_t word) {
+  if (operand == Operand::float32) return {{double(__uint_as_float(word & ~0x1fffu))}};
+  if (operand == Operand::float16) return {{double(half_bits_to_float(uint16_t(word))), double(half_bits_to_float(uint16_t(word >> 16)))}};
+  if (operand == Operand::bfloat16) return {{double(__uint_as_float(word << 16)), double(__uint_as_float(word & 0xffff0000u))}};
+  return {{double(int8_t(word)), double(int8_t(word >> 8)), double(int8_t(word >> 16)), double(int8_t(word >> 24))}};
 }
-inline double product(const Pair& a, const Pair& b) { return a.first * b.first + a.second * b.second; }
-inline float cut_off(double value) {
+inline double product(const Word& a, const Word& b) {
+  return a.value[0] * b.value[0] + a.value[1] * b.value[1] + a.value[2] * b.value[2] + a.value[3] * b.value[3];
+}
+inline void cut_off(double value, float* to) {
   const float rounded = float(value);
-  return std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
+  *to = std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+inline void cut_off(double value, int32_t* to) {
+  if (value != double(int32_t(value))) emulated::fail("a sum of codes overflows");
+  *to = int32_t(value);
 }
 
-template <Storage storage>
-void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <Operand operand, class Sum>
+void multiply(Sum (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulated::Fiber& me = *emulated::machine.current;
   emulated::Warp& warp = me.warp();
   for (int i = 0; i < 4; ++i) warp.slot[me.lane()][i] = a[i];
@@ -68,12 +76,12 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulated::warp_barrier();
   for (int i = 0; i < 4; ++i) {
     const int row = int(me.lane()) / 4, column = int(me.lane()) % 4 * 2 + i % 2, lower = i / 2;
-    double sum = c[i];
+    double sum = double(c[i]);
     for (int t = 0; t < 4; ++t)
       for (int half = 0; half < 2; ++half)
-        sum += product(values_of<storage>(uint32_t(warp.slot[row * 4 + t][2 * half + lower])),
-                       values_of<storage>(uint32_t(warp.slot[column * 4 + t][4 + half])));
-    c[i] = cut_off(sum);
+        sum += product(values_of<operand>(uint32_t(warp.slot[row * 4 + t][2 * half + lower])),
+                       values_of<operand>(uint32_t(warp.slot[column * 4 + t][4 + half])));
+    cut_off(sum, &c[i]);
   }
   emulated::warp_barrier();
 }
@@ -99,16 +107,17 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t add
                : "memory");
 }
 
-// c += a . b over 32 bytes of each line: 16 halves, or 8 floats cut to ten bits of mantissa.
-template <Storage storage>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#define ATTRIBUTION_MMA(shape_and_types)                                                                               \
+// c += a . b over 32 bytes of each line: 32 codes, 16 halves, or 8 floats cut to ten bits of mantissa.
+template <Operand operand, class Sum>
+__device__ __forceinline__ void multiply(Sum (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define ATTRIBUTION_MMA(shape_and_types, sum)                                                                          \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                        \
+               : sum(c[0]), sum(c[1]), sum(c[2]), sum(c[3])                                                            \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (storage == Storage::float32) ATTRIBUTION_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-  else if constexpr (storage == Storage::float16) ATTRIBUTION_MMA("m16n8k16.row.col.f32.f16.f16.f32");
-  else ATTRIBUTION_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  if constexpr (operand == Operand::float32) ATTRIBUTION_MMA("m16n8k8.row.col.f32.tf32.tf32.f32", "+f");
+  else if constexpr (operand == Operand::float16) ATTRIBUTION_MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
+  else if constexpr (operand == Operand::bfloat16) ATTRIBUTION_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "+f");
+  else ATTRIBUTION_MMA("m16n8k32.row.col.s32.s8.s8.s32", "+r");
 #undef ATTRIBUTION_MMA
 }
 

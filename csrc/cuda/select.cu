@@ -143,6 +143,38 @@ __device__ double weight(const Weighing& weighing, float score, float best) {
   return thresholded<double, uint64_t>(weighing.inv_tau * (double(score) - double(best)), weighing.b);
 }
 
+// Of items [exact, count) those that are `wanted` come first; how many they are. swaps: room for as many words.
+template <class Wanted>
+__device__ uint32_t bring_forward(Key* items, uint32_t exact, uint32_t count, uint32_t* swaps, const Wanted& wanted) {
+  uint32_t chosen = 0, total;
+  for (uint32_t first = exact; first < count; first += threads) {
+    const uint32_t i = first + threadIdx.x;
+    rank_among(i < count && wanted(items[i]), &total);
+    chosen += total;
+  }
+  // The n-th that is behind its place, for the n-th that holds a place and is not wanted.
+  uint32_t behind = 0, holding = 0;
+  uint32_t *from = swaps, *to = swaps + (count - exact) / 2;  // no more are behind than hold a place
+  for (uint32_t first = exact; first < count; first += threads) {
+    const uint32_t i = first + threadIdx.x;
+    const bool is = i < count && wanted(items[i]), front = i < exact + chosen;
+    const uint32_t at = rank_among(is && !front, &total);
+    if (is && !front) from[behind + at] = i;
+    behind += total;
+    const uint32_t place = rank_among(i < count && !is && front, &total);
+    if (i < count && !is && front) to[holding + place] = i;
+    holding += total;
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < behind; i += threads) {
+    const Key key = items[from[i]];
+    items[from[i]] = items[to[i]];
+    items[to[i]] = key;
+  }
+  __syncthreads();
+  return chosen;
+}
+
 // Eight threads an item. Scores that are not finite are noted and stay as they are.
 __device__ void rescore(const Batch& batch, int q, Key* items, uint32_t begin, uint32_t end) {
   const int j = threadIdx.x % 8;
@@ -188,6 +220,16 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
   uint32_t count = mine.fill, exact = mine.exact;
   const bool thresholds = weighing.b < 0;
   Key largest, smallest;
+
+  // Codes miss much of a score: the k that seem best are scored first, so that the floor has no error.
+  if (batch.operand >= Operand::codes && int64_t(count) > k) {
+    const auto of = [&](uint32_t i) { return items[i]; };
+    extremes(count, of, &largest, &smallest);
+    const Key kth = kth_largest(count, k, of, largest, smallest);
+    const uint32_t chosen = bring_forward(items, exact, count, certain, [&](Key key) { return key >= kth; });
+    rescore(batch, q, items, exact, exact + chosen);
+    exact += chosen;
+  }
 
   // What k items certainly reach. An item that certainly is below goes, without its canonical score.
   if (int64_t(count) > k) {
