@@ -54,6 +54,7 @@ class Batch:
         )
         self.seen = 0
         self.fresh = True
+        self.settled = False  # whether candidates have canonical scores, and are no more than are wanted
         self.workspace: torch.Tensor | None = None
         self.cuts: torch.Tensor | None = None
         self.answer_shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -117,11 +118,16 @@ class Batch:
 
     def walk(self, index: int, rows: Rows, first: int, growth: int, search: cuda.Search) -> None:
         """All rows of the slab, in chunks that grow; who overflows stays as it was before that chunk."""
-        self.library.walk(ctypes.byref(self.plan), index, self.seen, first, growth, ctypes.byref(search), 0)
+        # Once there are rows: without any, nothing is settled.
+        self.settled = index + 1 == len(self.noted) and rows.rows.shape[0] > 0
+        self.library.walk(
+            ctypes.byref(self.plan), index, self.seen, first, growth, ctypes.byref(search), int(self.settled)
+        )
         self.seen += rows.rows.shape[0]
 
     def walk_carefully(self, index: int, rows: Rows, first: int, growth: int, search: cuda.Search) -> None:
         """The same; a chunk in which some queries overflow is walked again for these, in halves. Waits."""
+        self.settled = False
         begin, count = 0, rows.rows.shape[0]
         while begin < count:
             length = first - self.seen if self.seen < first else self.seen * (growth - 1)
@@ -209,7 +215,9 @@ class Batch:
         self.block = allocate((size,), torch.uint8, self.device, "answers")
         tensors = self._answers_in(self.block)
         answers = cuda.Answers(*cuda.pointers(*tensors))
-        self.library.finish(ctypes.byref(self.plan), ctypes.byref(search), ctypes.byref(answers))
+        self.library.finish(
+            ctypes.byref(self.plan), ctypes.byref(search), ctypes.byref(answers), int(self.settled)
+        )
         return tensors
 
     def _answers_in(self, block: torch.Tensor) -> list[torch.Tensor]:

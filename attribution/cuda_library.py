@@ -13,7 +13,7 @@ from attribution import similarity
 STORAGES = ("float32", "float16", "bfloat16")  # in the order of contract.h
 OPERANDS = (*STORAGES, "codes", "wide_codes")  # in the order of device.h
 STRIPE_ROWS, STRIPE_WORDS = 128, 4
-SELECTED_WORDS = 6  # cut, fill, exact, before, status, wide
+SELECTED_WORDS = 8  # cut, fill, exact, before, status, wide, pending, all
 FILL, STATUS, WIDE = 1, 4, 5
 PLACES = ("packed", "query", "selected", "buffer", "scratch", "fault", "slabs", "all")
 

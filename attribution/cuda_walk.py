@@ -12,7 +12,7 @@ from attribution.cuda_streamed import Streamed
 WIDE_QUERIES = 32  # whose codes have 16 bits, in two lines of the 64 that few queries may have
 MOST_CODED_K = 256  # of more queries: beyond it they propose too many rows
 # How many rows the filter keeps for each of the best k, in a gallery of random rows, by what it reads.
-KEPT = {None: 1.4, "wide_codes": 4.0, "codes": 10.0}
+KEPT = {None: 1.4, "wide_codes": 4.0, "codes": 8.0}
 
 
 def walked(call: Call, settings: Settings, which: np.ndarray) -> Iterator[Batch]:
@@ -66,7 +66,7 @@ def plan_chunks(
     most = k + max(window, k // 2 + 64)
     fresh = max(4096, 12 * k)
     if operand is not None:
-        fresh = max(fresh, 65536 if operand == "wide_codes" else 8192)
+        fresh = max(fresh, 65536 if operand == "wide_codes" else 8192, 16 * k)
     # Every hit holds up a tile of many queries; few queries have few hits, and pay for each chunk.
     most_growth = 16 if queries <= 64 else 4
     growth = min(most_growth, max(2, int(1 + 0.5 * fresh / (KEPT[operand] * k + 64))))

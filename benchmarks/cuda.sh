@@ -147,7 +147,8 @@ sys.exit(pytest.main())' -q -p no:cacheprovider --tb=short --maxfail=20 -o fault
   "$python" -c 'import beartype' 2>/dev/null || pytest+=(--noconftest)
   if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 5); fi
   TAIL=30 step tests $(($(left) - 5)) env ATTRIBUTION_CUDA_KERNEL=$kernel "${pytest[@]}" \
-    tests/test_similarity_cuda.py tests/test_similarity_cuda_device.py -k "gpu or device" --durations=8 || true
+    tests/test_similarity_cuda.py tests/test_similarity_cuda_codes.py tests/test_similarity_cuda_device.py \
+    -k "gpu or device" --durations=8 || true
   gather cuda_tests.log tests
 fi
 wait

@@ -17,17 +17,19 @@ Where a backbone has `ready_distractors`, these vectors are its distractors, ope
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from tqdm import tqdm
 
 from attribution import backbone_settings, backbones, images, nets, preprocessing, weights
@@ -39,8 +41,10 @@ from attribution.features import FeatureSet, assemble_feature_set, write_shard
 from attribution.files import atomic_path, content_key, read_json, require_space, sha256_bytes
 from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
-from attribution.preprocessing import Preprocessing
 from attribution.same_model import check_model, least_cosine, pictures_of
+from stages.decoding import EncodedImage, PixelLoader, pixel_loader, prepare
+
+T = TypeVar("T")
 
 # What a vector depends on besides its image and its space.
 CODE = tuple(
@@ -48,7 +52,6 @@ CODE = tuple(
     for module in (backbone_settings, backbones, images, nets, preprocessing, weights)
     if module.__file__
 )
-BATCHES_AHEAD = 2
 FEWEST_BATCHES = 16  # that a shard is divided into on a CPU, so that of few images, too, every core has some
 COMPARED = 16  # pictures that are encoded again where ready features still have theirs
 
@@ -57,8 +60,9 @@ COMPARED = 16  # pictures that are encoded again where ready features still have
 class Params:
     """`backbones` are the graph's, each with a row in `settings`; a kill costs `shard_rows` images.
 
-    `workers` threads decode and resize, and on a CPU encode too, each a batch of its own: fewer take less
-    memory. One per core when null. They change no result.
+    On a CPU, `workers` threads decode and resize and encode, each a batch of its own; for a GPU they decode
+    and resize, and are processes where there are many images. Fewer take less memory. One per core when null.
+    They change no result.
     """
 
     backbones: tuple[str, ...]
@@ -81,13 +85,18 @@ class Params:
         return self.settings[backbone]
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """A picture as its table holds it."""
+@dataclass
+class Shard:
+    """A file with one vector per image; `rows` are those that are not in it yet."""
 
-    image_id: str
-    data: bytes
-    sha256: str
+    file: Path
+    image_ids: list[str]
+    digests: list[str]
+    rows: list[np.ndarray] = field(default_factory=list)
+
+
+# Vectors of images in order, a batch at a time, each with the shard that it is of.
+Encode = Callable[[Iterable[tuple[Shard, Sequence[EncodedImage]]]], Iterator[tuple[Shard, np.ndarray]]]
 
 
 @dataclass
@@ -96,28 +105,37 @@ class ShardStore:
 
     folder: Path
     backbone: Backbone
-    workers: int
     used: set[str] = field(default_factory=set)
     encoded: int = 0
 
     def __post_init__(self) -> None:
         self.code = content_key(*CODE)
 
-    def shard_of(self, batch: Sequence[EncodedImage], advance: Callable[[int], object]) -> Path:
-        """The file with one vector per image, made now unless an earlier run finished it."""
-        space = self.backbone.space
-        file = self.folder / f"{content_key(self.code, space, [image.sha256 for image in batch])}.npy"
-        self.used.add(file.name)
-        if file.exists():
-            advance(len(batch))
-            return file
-        rows = []
-        for vectors in encode_all(batch, self.backbone, self.workers):
-            rows.append(vectors)
+    def shards_of(
+        self, groups: Iterable[Sequence[EncodedImage]], encode: Encode, advance: Callable[[int], object]
+    ) -> list[Shard]:
+        """A shard for each group in order, its file made now unless an earlier run finished it."""
+        space, shards = self.backbone.space, []
+
+        def unfinished() -> Iterator[tuple[Shard, Sequence[EncodedImage]]]:
+            for group in groups:
+                digests = [image.sha256 for image in group]
+                file = self.folder / f"{content_key(self.code, space, digests)}.npy"
+                shards.append(Shard(file, [image.image_id for image in group], digests))
+                self.used.add(file.name)
+                if file.exists():
+                    advance(len(group))
+                else:
+                    yield shards[-1], group
+
+        for shard, vectors in encode(unfinished()):
+            shard.rows.append(vectors)
             advance(len(vectors))
-        write_shard(file, space, [image.image_id for image in batch], np.concatenate(rows))
-        self.encoded += len(batch)
-        return file
+            if sum(map(len, shard.rows)) == len(shard.image_ids):
+                write_shard(shard.file, space, shard.image_ids, np.concatenate(shard.rows))
+                shard.rows.clear()
+                self.encoded += len(shard.image_ids)
+        return shards
 
     def check_room(self, images: int) -> None:
         """Raises OSError if what is still to be written of so many vectors does not fit on the disk."""
@@ -158,7 +176,7 @@ def run(
         check_model(backbone, settings, ready.model)
     started = time.perf_counter()  # what follows grows with the images; loading does not
     workers = params.workers or len(os.sched_getaffinity(0))
-    store = ShardStore(shards / backbone, loaded, workers)
+    store = ShardStore(shards / backbone, loaded)
     sets = {
         "exemplars": lambda: read_encoded(exemplars),
         "queries": lambda: read_queries(queries, synthesized, shipped),
@@ -172,15 +190,19 @@ def run(
             raise ValueError(f"{distractors}: no distractors; {do}")
     total = sum(counts.values())
     store.check_room(total)
-    with tqdm(total=total, desc=f"featurize {backbone}", unit="image", disable=None) as progress:
+    with (
+        encoder(loaded, workers, total) as encode,
+        tqdm(total=total, desc=f"featurize {backbone}", unit="image", disable=None) as progress,
+    ):
         for name in counts:
-            files, ids, digests = [], [], []
-            for batch in grouped(sets[name](), params.shard_rows):
-                files.append(store.shard_of(batch, progress.update))
-                ids += [image.image_id for image in batch]
-                digests += [image.sha256 for image in batch]
+            with contextlib.closing(read_ahead(grouped(sets[name](), params.shard_rows))) as groups:
+                done = store.shards_of(groups, encode, progress.update)
             made = assemble_feature_set(
-                features / backbone / name, loaded.space, ids, files, image_sha256=digests
+                features / backbone / name,
+                loaded.space,
+                [image_id for shard in done for image_id in shard.image_ids],
+                [shard.file for shard in done],
+                image_sha256=[digest for shard in done for digest in shard.digests],
             )
             if ready is not None and name == "exemplars":
                 # Early, for what is refused is refused here.
@@ -250,9 +272,9 @@ def count_rows(table: Path) -> int:
     return sum(pq.read_metadata(part).num_rows for part in table_parts(table))
 
 
-def grouped(items: Iterable[EncodedImage], size: int) -> Iterator[list[EncodedImage]]:
+def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """The items in order, `size` at a time."""
-    group: list[EncodedImage] = []
+    group: list[T] = []
     for item in items:
         group.append(item)
         if len(group) == size:
@@ -262,49 +284,48 @@ def grouped(items: Iterable[EncodedImage], size: int) -> Iterator[list[EncodedIm
         yield group
 
 
-def encode_all(
-    images: Sequence[EncodedImage], backbone: Backbone, workers: int
-) -> Iterator[Float[np.ndarray, "images dim"]]:
-    """The images' vectors in order, a batch at a time."""
-    if not backbone.one_core_each:
-        for pixels in pixels_ahead(images, backbone.preprocessing, backbone.batch_size, workers):
-            yield backbone.encode_pixels(pixels)
-        return
+def read_ahead(groups: Iterator[list[T]]) -> Generator[list[T], None, None]:
+    """The groups in order; a thread reads the next while one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, groups, None)
+        while (group := upcoming.result()) is not None:
+            upcoming = reader.submit(next, groups, None)
+            yield group
+
+
+@contextlib.contextmanager
+def encoder(backbone: Backbone, workers: int, images: int) -> Iterator[Encode]:
+    """What encodes so many `images` in all, as is fastest for the backbone where it is."""
+    if backbone.one_core_each:
+        yield functools.partial(encode_side_by_side, backbone, workers)
+    else:
+        with pixel_loader(backbone.preprocessing, backbone.batch_size, workers, images) as loader:
+            yield functools.partial(encode_loaded, backbone, loader)
+
+
+def encode_loaded(
+    backbone: Backbone, loader: PixelLoader, jobs: Iterable[tuple[T, Sequence[EncodedImage]]]
+) -> Iterator[tuple[T, Float[np.ndarray, "images dim"]]]:
+    """The vectors of each job in order, a batch at a time; the next job's images are loaded meanwhile."""
+    batches = ((owner, batch) for owner, job in jobs for batch in grouped(job, backbone.batch_size))
+    for owner, pixels in loader.pixels_ahead(batches):
+        yield owner, backbone.encode_pixels(pixels)
+
+
+def encode_side_by_side(
+    backbone: Backbone, workers: int, jobs: Iterable[tuple[T, Sequence[EncodedImage]]]
+) -> Iterator[tuple[T, Float[np.ndarray, "images dim"]]]:
+    """The vectors of each job in order, a batch at a time; each of so many threads prepares and encodes."""
     from attribution.threads import one_core_each  # here, where torch has been imported for the net
 
     def encode(batch: Sequence[EncodedImage]) -> np.ndarray:
         return backbone.encode_pixels(prepare(batch, backbone.preprocessing))
 
-    size = min(backbone.batch_size, -(-len(images) // FEWEST_BATCHES))
-    with one_core_each(workers) as pool:
-        yield from pool.map(encode, grouped(images, size))
-
-
-def prepare(
-    images: Sequence[EncodedImage], preprocessing: Preprocessing
-) -> UInt8[np.ndarray, "images height width 3"]:
-    """The images decoded and resized."""
-    return preprocessing.pixels([decode_image(one.data, name=f"image {one.image_id}") for one in images])
-
-
-def pixels_ahead(
-    batch: Sequence[EncodedImage], preprocessing: Preprocessing, batch_size: int, workers: int
-) -> Iterator[UInt8[np.ndarray, "images height width 3"]]:
-    """Batches of decoded and resized images in order; `workers` threads make the next while one is in use."""
-    ahead: deque[list[Future[np.ndarray]]] = deque()
-    pool = ThreadPoolExecutor(workers)  # Pillow lets go of the interpreter while it decodes and resizes
-    try:
-        for start in range(0, len(batch), batch_size):
-            one = batch[start : start + batch_size]
-            share = -(-len(one) // workers)
-            parts = [one[first : first + share] for first in range(0, len(one), share)]
-            ahead.append([pool.submit(prepare, part, preprocessing) for part in parts])
-            if len(ahead) > BATCHES_AHEAD:
-                yield np.concatenate([part.result() for part in ahead.popleft()])
-        while ahead:
-            yield np.concatenate([part.result() for part in ahead.popleft()])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for owner, job in jobs:
+        size = min(backbone.batch_size, -(-len(job) // FEWEST_BATCHES))
+        with one_core_each(workers) as pool:
+            for vectors in pool.map(encode, grouped(job, size)):
+                yield owner, vectors
 
 
 def main() -> None:

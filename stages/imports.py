@@ -17,6 +17,7 @@ BESIDE = (
     "attribution/training_settings.py",
     "stages/imports.py",
     "stages/incremental.py",
+    "stages/processes.py",
     "stages/workers.py",
 )
 

@@ -8,16 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
-import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +25,7 @@ from attribution.customized_model import ModelStack
 from attribution.memory import halving, is_out_of_memory
 from attribution.sampling import Drawing, Sampler, draw_latents
 from stages.incremental import Summary, concerns_one, one_line
+from stages.processes import killed_worker_told, process_pool
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -51,22 +46,13 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 1:
         yield map
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    with process_pool(workers, torch.set_num_threads, 1) as pool:
 
-    def each(function: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
-        try:
-            yield from pool.map(function, items)
-        except BrokenProcessPool as error:
-            why = (
-                "a worker process was killed, most likely for want of memory (or could not start: see above)"
-            )
-            do = "run again to go on from there; workers: 1 and smaller batches take less"
-            raise BrokenProcessPool(f"{why}; {do}") from error
+        def each(function: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
+            with killed_worker_told():
+                yield from pool.map(function, items)
 
-    try:
         yield each
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def fitting(
@@ -150,17 +136,3 @@ def base_pipeline(base: BaseSettings) -> Pipeline:
 @functools.lru_cache(maxsize=1)
 def _load(base: BaseSettings, state: tuple[tuple[str, int, int], ...]) -> Pipeline:
     return load_base(base)
-
-
-def _begin() -> None:
-    # A Ctrl-C reaches every process of a terminal: the parent has the word, workers end without one.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

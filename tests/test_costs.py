@@ -123,7 +123,7 @@ def test_featurize_is_measured_beside_its_peer_and_recorded(
         sys, "argv", ["featurize", *options, "--workers", "1", "--record", "--output", str(output)]
     )
     featurize.main()
-    told = json.loads(output.read_text())
+    told = json.loads(output.read_text())["clip"]
     for rows_told in (told["rows"], told["loader_alone"]):
         assert [one["loop"] for one in rows_told] == ["ours", "loop written out"]
     assert told["rows"][0]["ours_over_it"] == 1

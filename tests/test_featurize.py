@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import multiprocessing
 import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,15 @@ from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.features import FeatureSet
 from attribution.files import DiskFullError, sha256_bytes, sha256_file
 from attribution.images import ImageError, decode_image, write_image_table
-from attribution.preprocessing import Preprocessing
+from stages import decoding
+from stages.decoding import BATCHES_AHEAD, EncodedImage, PixelLoader, pixel_loader
 from stages.featurize import (
-    EncodedImage,
     Params,
-    encode_all,
+    encode_loaded,
+    encode_side_by_side,
     grouped,
     main,
-    pixels_ahead,
+    read_ahead,
     read_encoded,
     run,
 )
@@ -243,32 +248,87 @@ def test_the_command_takes_its_backbone_and_says_its_rate(
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 20])
-def test_groups_and_decoded_batches_keep_every_image_in_order(data: Path, size: int) -> None:
-    images = list(read_encoded(data / "world" / "exemplars.parquet"))
-    groups = list(grouped(images, size))
-    assert [image for group in groups for image in group] == images
+def test_groups_keep_every_image_in_order(size: int) -> None:
+    groups = list(grouped(EXEMPLARS, size))
+    assert [image for group in groups for image in group] == EXEMPLARS
     assert all(len(group) == size for group in groups[:-1])
-    plain = Preprocessing("squash", 8, 8, "box", (0.0,) * 3, (1.0,) * 3)
-    wanted = plain.pixels([decode_image(encoded(image_id)) for image_id in EXEMPLARS])
-    for workers in (1, 2, 5):
-        batches = list(pixels_ahead(images, plain, size, workers))
-        assert [len(batch) for batch in batches] == [len(group) for group in groups]
-        np.testing.assert_array_equal(np.concatenate(batches), wanted)
 
 
-def test_workers_change_nothing_and_leave_no_thread(data: Path) -> None:
+def test_the_next_group_is_read_while_one_is_in_use() -> None:
+    before, asked = threading.active_count(), [threading.Event() for _ in range(3)]
+
+    def read() -> Iterator[list[int]]:
+        for number, event in enumerate(asked):
+            event.set()
+            yield [number]
+        raise ValueError("three cannot be read")
+
+    with contextlib.closing(read_ahead(read())) as groups:
+        for number in range(3):
+            assert next(groups) == [number]
+            assert asked[min(number + 1, 2)].wait(10)
+            assert not any(event.is_set() for event in asked[number + 2 :])
+        with pytest.raises(ValueError, match="three cannot be read"):
+            next(groups)
+    assert threading.active_count() == before
+
+
+def test_workers_change_nothing(data: Path) -> None:
     featurize(data)
     wanted = digests(data)
     for workers in (1, 3):
         params = dataclasses.replace(PARAMS, workers=workers)
         featurize(data, params, shards=data / f"shards of {workers}")
         assert digests(data) == wanted
-    images = [EncodedImage("good", encoded("e0"), ""), *[EncodedImage("bad", b"no image", "")] * 20]
-    before = threading.active_count()
-    plain = Preprocessing("squash", 8, 8, "box", (0.0,) * 3, (1.0,) * 3)
-    with pytest.raises(ImageError, match="image bad: not an image"):
-        list(pixels_ahead(images, plain, 2, 3))
-    assert threading.active_count() == before
+
+
+def test_processes_change_nothing_and_load_what_is_not_finished(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    featurize(data)
+    wanted = digests(data)
+    store = data / "features" / ".shards" / "pixels"
+    # Of 8 shards of 4 at most, in the order of their files' making.
+    files = sorted(store.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for row in (1, 2, 5):
+        files[row].unlink()
+    pools, owners, loaded, load = set(), [], [], PixelLoader.pixels_ahead
+
+    def pixels_ahead(self: PixelLoader, batches: Iterable) -> Iterator:
+        for owner, pixels in load(self, batches):
+            pools.add(self.pool)
+            owners.append(owner)
+            loaded.append((len(pixels), owner.image_ids))
+            yield owner, pixels
+
+    monkeypatch.setattr(decoding, "FEWEST_FOR_PROCESSES", 27)
+    monkeypatch.setattr(PixelLoader, "pixels_ahead", pixels_ahead)
+    line = featurize(data, dataclasses.replace(PARAMS, workers=2))
+    assert reused(line) == 27 - 4 - 1 - 4
+    assert digests(data) == wanted
+    assert [type(pool) for pool in pools] == [ProcessPoolExecutor]
+    assert not any(owner.rows for owner in owners)  # what is written is no longer in memory
+    begun = [(3, EXEMPLARS[4:8]), (1, EXEMPLARS[4:8]), (1, EXEMPLARS[8:])]
+    assert loaded == [*begun, (3, DISTRACTORS[:4]), (1, DISTRACTORS[:4])]
+    assert not multiprocessing.active_children()
+
+
+def test_the_next_shard_is_loaded_while_this_one_is_encoded(data: Path) -> None:
+    backbone = load_backbone("pixels", SETTINGS, root=data)
+    asked = list(read_encoded(data / "world" / "exemplars.parquet"))
+    begun = []
+
+    def jobs() -> Iterator[tuple[int, list[EncodedImage]]]:
+        for number, group in enumerate(grouped(asked, 2)):
+            begun.append(number)
+            yield number, group
+
+    with pixel_loader(backbone.preprocessing, backbone.batch_size, 2, len(asked)) as loader:
+        for owner, vectors in encode_loaded(backbone, loader, jobs()):
+            assert begun == list(range(min(owner + BATCHES_AHEAD + 1, 5)))
+            group = asked[2 * owner : 2 * owner + 2]
+            np.testing.assert_array_equal(vectors, backbone.encode([decode_image(one.data) for one in group]))
+    assert len(begun) == 5
 
 
 def test_threads_of_one_core_each_encode_in_order_and_leave_torch_as_it_was(data: Path) -> None:
@@ -284,13 +344,14 @@ def test_threads_of_one_core_each_encode_in_order_and_leave_torch_as_it_was(data
     several = dataclasses.replace(alone, forward=forward, one_core_each=True)
     wanted = alone.encode([decode_image(one.data) for one in asked])
     for workers, times, batch in ((1, 1, 1), (4, 1, 1), (4, 6, 3)):
-        batches = list(encode_all(asked * times, several, workers))
+        batches = [vectors for _, vectors in encode_side_by_side(several, workers, [(None, asked * times)])]
         assert {len(one) for one in batches} == {batch}
         np.testing.assert_array_equal(np.concatenate(batches), np.tile(wanted, (times, 1)))
     assert {of_torch for _, of_torch in seen} == {1}
     assert threading.main_thread().name not in {name for name, _ in seen}
+    bad = EncodedImage("bad", b"no image", "")
     with pytest.raises(ImageError, match="image bad: not an image"):
-        list(encode_all([*asked, EncodedImage("bad", b"no image", "")], several, 2))
+        list(encode_side_by_side(several, 2, [(None, [*asked, bad])]))
     assert torch.get_num_threads() == threads
     assert threading.active_count() == before
 

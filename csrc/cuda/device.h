@@ -82,7 +82,9 @@ struct Selected {
   uint32_t exact;  // so many of them, the first ones, have canonical scores
   uint32_t before; // fill before the chunk that is being walked: what the last settling left
   uint32_t status;
-  uint32_t wide;   // has more weight outside its top k than is kept
+  uint32_t wide;     // has more weight outside its top k than is kept
+  uint32_t pending;  // candidates after the exact ones that are being scored
+  uint32_t all;      // whether these are all there are, so that the best k can be told
 };
 
 // Everything a batch of queries has in device memory. All pointers are into one workspace.
@@ -190,7 +192,7 @@ void encode_rows(const Slab& slab, int storage, int dim, const float* center, si
 void note_slabs(const Batch& batch, const Slab* slabs, cudaStream_t stream);
 // What happens after a chunk: drops what is hopeless, raises cuts. exactly: leaves canonical scores, top k and window alone.
 // direct: so many rows went to slots of their own, or 0.
-void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, cudaStream_t stream);
+void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, int processors, cudaStream_t stream);
 // cuts: [queries], or null: those they have. still: [queries], those that are to stay as they are, or null: all go on.
 void set_cuts(const Batch& batch, const float* cuts, const uint32_t* still, cudaStream_t stream);
 // Sorted candidates, of queries that are settled exactly.

@@ -62,8 +62,10 @@ __device__ __forceinline__ double tree(double lane) {
   return lane + __shfl_xor_sync(0xffffffffu, lane, 1);
 }
 
-// By eight neighbouring threads, all of which get it; the whole warp must come here. j: threadIdx.x % 8.
-__device__ __forceinline__ double canonical_dot(const unsigned char* row, int storage, const float* query, int dim, int j) {
+// By eight neighbouring threads, all of which get it; the whole warp must come here. j: threadIdx.x % 8. query: of float, or of
+// double, to which it is converted otherwise, and slowly.
+template <class Value>
+__device__ __forceinline__ double canonical_dot(const unsigned char* row, int storage, const Value* query, int dim, int j) {
   double sum = 0;
 #pragma unroll 16  // loads under way: one block scores few rows at a time, and would wait for each in turn
   for (int d = j; d < dim; d += 8) sum = fma(double(query[d]), value_at(row, storage, d), sum);

@@ -107,7 +107,7 @@ void filter(const Plan& plan, const Batch& batch, const Slab& slab, int64_t begi
 
 void walk_chunk(const Plan& plan, const Batch& batch, const Slab& slab, int64_t begin, int64_t end, bool direct, const Search& search, bool exactly) {
   filter(plan, batch, slab, begin, end, direct);
-  settle(batch, search.k, search.weighing, exactly, direct ? end - begin : 0, stream_of(plan));
+  settle(batch, search.k, search.weighing, exactly, direct ? end - begin : 0, int(plan.processors), stream_of(plan));
 }
 
 template <class Work>
@@ -219,7 +219,8 @@ int attribution_cuda_chunk(const Plan* plan, int64_t slab, int64_t begin, int64_
   return attempt([&] { walk_chunk(*plan, batch_of(*plan), plan->slabs[slab], begin, end, direct != 0, *search, exactly != 0); });
 }
 
-// All rows of one slab, in chunks that grow, hoping that no query overflows. seen: rows of slabs before it.
+// All rows of one slab, in chunks that grow, hoping that no query overflows. seen: rows of slabs before it. exactly: it is the
+// last one.
 int attribution_cuda_walk(const Plan* plan, int64_t slab_index, int64_t seen, int64_t first, int64_t growth, const Search* search, int64_t exactly) {
   return attempt([&] {
     const Batch batch = batch_of(*plan);
@@ -243,14 +244,15 @@ int attribution_cuda_set_cuts(const Plan* plan, const float* cuts, const uint32_
 
 // Canonical scores for all candidates, while their rows are there.
 int attribution_cuda_settle(const Plan* plan, const Search* search) {
-  return attempt([&] { settle(batch_of(*plan), search->k, search->weighing, true, 0, stream_of(*plan)); });
+  return attempt([&] { settle(batch_of(*plan), search->k, search->weighing, true, 0, int(plan->processors), stream_of(*plan)); });
 }
 
-// Sorted candidates with canonical scores; and, where `answers` is given, all there is to say of narrow queries.
-int attribution_cuda_finish(const Plan* plan, const Search* search, const Answers* answers) {
+// Sorted candidates with canonical scores; and, where `answers` is given, all there is to say of narrow queries. settled:
+// the last walk was exact.
+int attribution_cuda_finish(const Plan* plan, const Search* search, const Answers* answers, int64_t settled) {
   return attempt([&] {
     const Batch batch = batch_of(*plan);
-    settle(batch, search->k, search->weighing, true, 0, stream_of(*plan));
+    if (!settled) settle(batch, search->k, search->weighing, true, 0, int(plan->processors), stream_of(*plan));
     sort_candidates(batch, stream_of(*plan));
     if (answers != nullptr) conclude(batch, search->k, search->weighing, *answers, stream_of(*plan));
   });

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(256) pack_kernel(Batch batch) {
   query.size_packed = coded ? float(1.01 * size) : 0.0f;
   query.step = step;
   batch.query[q] = query;
-  batch.selected[q] = Selected{query.cut, 0, 0, 0, real ? fine : frozen, 0};
+  batch.selected[q] = Selected{query.cut, 0, 0, 0, real ? fine : frozen, 0, 0, 0};
 }
 
 struct SomeSlabs {

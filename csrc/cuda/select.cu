@@ -194,13 +194,72 @@ __device__ void rescore(const Batch& batch, int q, Key* items, uint32_t begin, u
   __syncthreads();
 }
 
+constexpr int scored_together = 32;       // candidates, eight threads each
+constexpr int64_t most_staged = 99 << 10;  // bytes of shared memory, as sm_86 has them
+
+// Canonical scores of the candidates that are pending, by `blocks` blocks for each query. Rows come to shared memory
+// whole, in pieces of 16 bytes and all at once: read where they lie, in the order of a canonical score, each would be
+// waited for many times. The query is there before them, in double. pitch: bytes from row to row there, or 0: nothing is.
+__global__ void __launch_bounds__(scored_together * 8) score_pending_kernel(Batch batch, int blocks, int pitch) {
+  const int q = int(blockIdx.x) / blocks, j = threadIdx.x % 8;
+  const Selected& mine = batch.selected[q];
+  if (mine.status != fine) return;
+  Key* items = batch.buffer + int64_t(q) * batch.capacity;
+  const uint32_t end = mine.exact + mine.pending;
+  const float* query = batch.values + int64_t(q) * batch.dim;
+  double* wide_query = reinterpret_cast<double*>(shared_memory());
+  unsigned char* staged = shared_memory() + (batch.dim + 1) / 2 * 2 * sizeof(double) + int(threadIdx.x) / 8 * pitch;
+  if (pitch > 0) {
+    for (int d = threadIdx.x; d < batch.dim; d += scored_together * 8) wide_query[d] = double(query[d]);
+    __syncthreads();
+  }
+  for (uint32_t first = mine.exact + uint32_t(int(blockIdx.x) % blocks * scored_together); first < end; first += uint32_t(blocks * scored_together)) {
+    const uint32_t i = first + threadIdx.x / 8, at = i < end ? i : end - 1;
+    const int64_t row = row_of(items[at]);
+    const Slab& slab = slab_of(batch, row);
+    const int64_t local = row - slab.first_row;
+    const unsigned char* values = slab.rows + local * slab.stride;
+    const bool whole = pitch > 0 && slab.stride % 16 == 0 && reinterpret_cast<uintptr_t>(slab.rows) % 16 == 0;
+    if (whole) {
+      const int row_bytes = batch.dim * (batch.storage == int(Storage::float32) ? 4 : 2), pieces = (row_bytes + 15) / 16;
+      const int last = row_bytes - (pieces - 1) * 16;
+#pragma unroll 12
+      for (int piece = j; piece < pieces; piece += 8) {
+        if (piece == pieces - 1 && last < 16) {  // what is behind a row is not ours to read
+          for (int byte = 0; byte < last; byte += 2)
+            *reinterpret_cast<uint16_t*>(staged + piece * 16 + byte) = *reinterpret_cast<const uint16_t*>(values + piece * 16 + byte);
+        } else {
+          *reinterpret_cast<uint4*>(staged + piece * 16) = *reinterpret_cast<const uint4*>(values + piece * 16);
+        }
+      }
+    }
+    __syncwarp();
+    const double dot = pitch > 0 ? canonical_dot(whole ? staged : values, batch.storage, wide_query, batch.dim, j)
+                                 : canonical_dot(values, batch.storage, query, batch.dim, j);
+    const float score = canonical_score(dot, batch.offset != nullptr ? batch.offset + q : nullptr,
+                                        slab.scale != nullptr ? slab.scale + local : nullptr);
+    __syncwarp();  // all eight have read the item, and the row
+    if (j != 0 || i >= end) continue;
+    if (finite(score)) items[i] = key_of(score, row);
+    else note_fault(batch, row, q);
+  }
+}
+
 // The cut in units of the packed query, lowered so that threshold_of may round as it likes.
 __device__ float scaled_cut(float cut, const Query& query) {
   const double scaled = double(cut) / double(query.unit);
   return fabsf(cut) < ATTRIBUTION_INFINITY ? float(scaled - fabs(scaled) * 0x1p-21) : cut;
 }
 
-__global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k, Weighing weighing, bool exactly, int64_t direct) {
+// Settling in one launch; or in three, between which score_pending_kernel has many blocks score candidates of one query.
+enum class Settling : int {
+  whole,
+  choose,   // codes miss much of a score: the k that seem best are scored first, so that what they reach has no error
+  drop,     // what is hopeless, and ask for the scores of the others where they are needed
+  conclude  // the best k and the window
+};
+
+__global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k, Weighing weighing, bool exactly, int64_t direct, Settling step) {
   const int q = blockIdx.x;
   Selected mine = batch.selected[q];
   if (direct > 0) mine.fill = uint32_t(direct);
@@ -217,22 +276,25 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
   }
   Key* items = batch.buffer + int64_t(q) * batch.capacity;
   uint32_t* certain = batch.scratch + int64_t(q) * batch.capacity;
-  uint32_t count = mine.fill, exact = mine.exact;
+  uint32_t count = mine.fill, exact = mine.exact + mine.pending;
+  mine.pending = 0;
   const bool thresholds = weighing.b < 0;
   Key largest, smallest;
 
-  // Codes miss much of a score: the k that seem best are scored first, so that the floor has no error.
-  if (batch.operand >= Operand::codes && int64_t(count) > k) {
-    const auto of = [&](uint32_t i) { return items[i]; };
-    extremes(count, of, &largest, &smallest);
-    const Key kth = kth_largest(count, k, of, largest, smallest);
-    const uint32_t chosen = bring_forward(items, exact, count, certain, [&](Key key) { return key >= kth; });
-    rescore(batch, q, items, exact, exact + chosen);
-    exact += chosen;
+  if (step == Settling::choose) {
+    if (int64_t(count) > k) {
+      const auto of = [&](uint32_t i) { return items[i]; };
+      extremes(count, of, &largest, &smallest);
+      const Key kth = kth_largest(count, k, of, largest, smallest);
+      mine.pending = bring_forward(items, exact, count, certain, [&](Key key) { return key >= kth; });
+    }
+    mine.exact = exact;
+    if (threadIdx.x == 0) batch.selected[q] = mine;
+    return;
   }
 
   // What k items certainly reach. An item that certainly is below goes, without its canonical score.
-  if (int64_t(count) > k) {
+  if (step != Settling::conclude && int64_t(count) > k) {
 #pragma unroll 4  // each waits for three loads in turn
     for (uint32_t i = threadIdx.x; i < count; i += threads) {
       const float error = i < exact ? 0.0f : error_of_item(batch, query, row_of(items[i]));
@@ -254,8 +316,12 @@ __global__ void __launch_bounds__(threads) settle_kernel(Batch batch, int64_t k,
   // Usually the doubtful ones are few, and most of what is here now will have gone by the end: re-score later.
   int64_t most = k + k / 2 + 64;
   if (thresholds && !mine.wide && k + weighing.window > most) most = k + weighing.window;
-  if (exactly || int64_t(count) > most) {
-    rescore(batch, q, items, exact, count);
+  if (batch.operand >= Operand::codes && batch.capacity / 2 > most) most = batch.capacity / 2;
+  if (step != Settling::conclude) mine.all = exactly || int64_t(count) > most;
+  if (step == Settling::drop) {
+    mine.pending = mine.all ? count - exact : 0;
+  } else if (mine.all) {
+    if (step == Settling::whole) rescore(batch, q, items, exact, count);
     exact = count;
     if (count > 0) {
       const auto of = [&](uint32_t i) { return items[i]; };
@@ -426,8 +492,31 @@ __global__ void cut_kernel(Batch batch, const float* cuts, const uint32_t* still
 
 }  // namespace
 
-void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, cudaStream_t stream) {
-  if (batch.queries > 0) launch("settle", settle_kernel, batch.queries, threads, sizeof(Shared), stream, 1, batch, k, weighing, exactly, direct);
+void settle(const Batch& batch, int64_t k, const Weighing& weighing, bool exactly, int64_t direct, int processors, cudaStream_t stream) {
+  if (batch.queries == 0) return;
+  const auto take = [&](Settling step) {
+    launch("settle", settle_kernel, batch.queries, threads, sizeof(Shared), stream, 1, batch, k, weighing, exactly, direct, step);
+    direct = 0;
+  };
+  // At least one block for each query, and enough for all processors, if so many rows are wanted.
+  const auto score = [&](int64_t rows) {
+    const int64_t enough = (int64_t(processors) * 4 + batch.queries - 1) / batch.queries, pieces = (rows + scored_together - 1) / scored_together;
+    const int64_t blocks = pieces < enough ? pieces : enough;
+    const int64_t row_bytes = batch.dim * bytes_of(Storage(batch.storage)), pitch = (row_bytes + 15) / 16 * 16 + 16;
+    const int64_t bytes = pitch * scored_together + (batch.dim + 1) / 2 * 2 * int64_t(sizeof(double));
+    const bool staged = bytes <= most_staged;
+    launch("score pending", score_pending_kernel, batch.queries * blocks, scored_together * 8, staged ? size_t(bytes) : 0, stream, 1, batch,
+           int(blocks), staged ? int(pitch) : 0);
+  };
+  const bool coded = batch.operand >= Operand::codes;
+  if (!coded && !exactly) return take(Settling::whole);
+  if (coded) {
+    take(Settling::choose);
+    score(k);
+  }
+  take(Settling::drop);
+  score(exactly ? k + (weighing.b < 0 ? weighing.window : k) : batch.capacity / 2);
+  take(Settling::conclude);
 }
 
 void sort_candidates(const Batch& batch, cudaStream_t stream) {
