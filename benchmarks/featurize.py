@@ -347,7 +347,7 @@ def main() -> None:
         if options.record:
             rate = Rate(
                 1 / report["rows"][0]["images_per_second"],
-                report["device"],
+                report["machine"],
                 f"python -m benchmarks.featurize --backbone {name}",
                 peak_bytes=report["peak_bytes"],
                 dim=report["dim"],

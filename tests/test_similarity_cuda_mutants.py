@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attribution import cuda_library, cuda_walk, similarity
+from attribution import cuda_library, cuda_walk, similarity, similarity_cuda
 from tests import oracle
 from tests.cuda_emulation import CSRC, compile_emulated, emulate
 from tests.test_similarity import assert_same
@@ -20,6 +20,8 @@ FEW, MANY, PAIRS = (3, 259, 840), (66, 140, 600), (129, 140, 328)
 SHALLOW = (3, 259, 64)
 # Rows beyond the first chunk, whose scores reach their buffers by way of a warp's hits.
 CHUNKS = (66, 1300, 64)
+# The same by codes, of queries in two lines and in one.
+WIDE_CODES, CODES = (9, 1300, 72), (40, 1300, 72)
 HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
 
 
@@ -81,7 +83,7 @@ HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
             id="hits of a warp in one place",
         ),
         pytest.param(
-            MANY, HOPPER, "line_bytes / bytes_of(storage)", "256 / bytes_of(storage)", id="box too wide"
+            MANY, HOPPER, "line_bytes / bytes_of(operand)", "256 / bytes_of(operand)", id="box too wide"
         ),
         pytest.param(MANY, "hopper.h", "group_bytes = 8 *", "group_bytes = 16 *", id="groups of lines apart"),
         pytest.param(MANY, "hopper.h", "uint64_t(1) << 62", "uint64_t(2) << 62", id="another swizzle"),
@@ -95,6 +97,22 @@ HOPPER, GENERIC = "filter_hopper.cu", "filter_generic.cu"
             id="overwrites what another warp reads",
         ),
         pytest.param(MANY, GENERIC, "stages = 3", "stages = 4", id="more shared memory than sm_86 has"),
+        pytest.param(WIDE_CODES, "epilogue.h", "(upper), 256.0f", "(upper), 128.0f", id="planes too near"),
+        pytest.param(
+            WIDE_CODES, "prepare.cu", "q / 8 * 16 + q % 8", "q / 8 * 16 + 7 - q % 8", id="other lines"
+        ),
+        pytest.param(CODES, "epilogue.h", " || batch.center != nullptr", "", id="forgets the center"),
+        pytest.param(
+            CODES, "select.cu", "items[from[i]] = items[to[i]];", "", id="a candidate twice, another gone"
+        ),
+        pytest.param(
+            CODES, "select.cu", "first += uint32_t(blocks * scored_together)", "first += 1u << 20",
+            id="scores the first candidates only",
+        ),
+        pytest.param(
+            CODES, "select.cu", "    __syncwarp();\n    const double dot = pitch",
+            "    const double dot = pitch", id="scores a row before it is there",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_kernel_shows(
@@ -107,7 +125,7 @@ def test_a_wrong_kernel_shows(
     assert outcome(world) != 0
 
 
-@pytest.mark.parametrize("world", [FEW, MANY, PAIRS, CHUNKS])
+@pytest.mark.parametrize("world", [FEW, MANY, PAIRS, CHUNKS, WIDE_CODES, CODES])
 @pytest.mark.parametrize("unit", [GENERIC, HOPPER])
 def test_the_right_kernel_passes(world: tuple[int, int, int], unit: str, tmp_path: Path, monkeypatch) -> None:
     """Also from a copy, so that what fails above fails for its one line."""
@@ -126,14 +144,16 @@ def outcome(world: tuple[int, int, int]) -> int:
 
 def compare(count: int, rows: int, dim: int) -> None:
     faulthandler.disable()
+    coded = (count, rows, dim) in (WIDE_CODES, CODES)
     queries, gallery = oracle.planted(np.random.default_rng(0), count, rows, dim)
-    stored = torch.from_numpy(gallery).bfloat16()
-    settings = {"k": 5, "inv_tau": 16.0, "b": -0.04}
-    if (count, rows, dim) == CHUNKS:
+    stored = torch.from_numpy(gallery + np.float32(0.3 * coded)).bfloat16()  # codes leave out a center
+    settings = {"k": 40 if coded else 5, "inv_tau": 16.0, "b": -0.04}
+    if (count, rows, dim) in (CHUNKS, WIDE_CODES, CODES):
         cuda_walk.plan_chunks = lambda *_: (700, 256, 3)  # room, first chunk, growth; this process ends here
     want = similarity.attribute(queries, stored, impl="cpu", threads=1, **settings)
     for _ in range(3):  # the dice fall otherwise each time
-        assert_same(want, similarity.attribute(queries, stored, impl="cuda", **settings))
+        place = similarity.compress(similarity_cuda.Gallery(stored)) if coded else stored
+        assert_same(want, similarity.attribute(queries, place, impl="cuda", **settings))
 
 
 def mutated(folder: Path, name: str, source: str) -> cuda_library.Library:
