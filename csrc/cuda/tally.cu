@@ -10,6 +10,7 @@ constexpr int rows_each = 4, queries_each = 4;  // dots that a group of eight th
 constexpr int row_groups = 16, query_groups = 2;
 constexpr int tile_rows = rows_each * row_groups, tile_queries = queries_each * query_groups;
 static_assert(row_groups * query_groups * 8 == threads && stripe_rows % tile_rows == 0, "");
+static_assert(rows_each == 4 && queries_each == 4, "two sums for each of eight threads");
 
 constexpr int softmax_bins = 4, limbs = 3, softmax_words = softmax_bins * limbs + 1, mass_words = 3;
 
@@ -96,26 +97,31 @@ __global__ void __launch_bounds__(threads, 2) tally_kernel(Batch batch, Slab sla
         for (int r = 0; r < rows_each; ++r) dots[r][c] = fma(value, x[r], dots[r][c]);
       }
     }
+    // Each thread gets two of the sixteen sums: written out for all of them, what follows takes a minute to compile.
+    double own[2] = {};
 #pragma unroll
-    for (int r = 0; r < rows_each; ++r) {
-      const int64_t row = first_row + r;
+    for (int r = 0; r < rows_each; ++r)
 #pragma unroll
       for (int c = 0; c < queries_each; ++c) {
         const double dot = tree(dots[r][c]);
-        const int q = own_query + c;
-        if (j != r * queries_each % 8 + c || row < begin || row >= end || q >= batch.queries) continue;
-        const float score = canonical_score(dot, batch.offset != nullptr ? batch.offset + q : nullptr,
-                                            slab.scale != nullptr ? slab.scale + row : nullptr);
-        if (!finite(score)) {
-          note_fault(batch, slab.first_row + row, q);
-          if (tally == Tally::emit_unsafe && direct)  // no slot may stay unwritten
-            batch.buffer[q * batch.capacity + (row - begin)] = key_of(-ATTRIBUTION_INFINITY, slab.first_row + row);
-        } else if (tally != Tally::emit_unsafe) {
-          tally_one(tally, to, q, score, sums + (q - first_query) * words);
-        } else if (!safe(stripe, batch.query[q]) && batch.selected[q].status == fine) {
-          if (direct) batch.buffer[q * batch.capacity + (row - begin)] = key_of(score, slab.first_row + row);
-          else if (score >= batch.selected[q].cut) emit(batch, q, score, slab.first_row + row);
-        }
+        if (j == r % 2 * queries_each + c) own[r / 2] = dot;
+      }
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first_row + i * 2 + j / queries_each;
+      const int q = own_query + j % queries_each;
+      if (row < begin || row >= end || q >= batch.queries) continue;
+      const float score = canonical_score(i == 0 ? own[0] : own[1], batch.offset != nullptr ? batch.offset + q : nullptr,
+                                          slab.scale != nullptr ? slab.scale + row : nullptr);
+      if (!finite(score)) {
+        note_fault(batch, slab.first_row + row, q);
+        if (tally == Tally::emit_unsafe && direct)  // no slot may stay unwritten
+          batch.buffer[q * batch.capacity + (row - begin)] = key_of(-ATTRIBUTION_INFINITY, slab.first_row + row);
+      } else if (tally != Tally::emit_unsafe) {
+        tally_one(tally, to, q, score, sums + (q - first_query) * words);
+      } else if (!safe(stripe, batch.query[q]) && batch.selected[q].status == fine) {
+        if (direct) batch.buffer[q * batch.capacity + (row - begin)] = key_of(score, slab.first_row + row);
+        else if (score >= batch.selected[q].cut) emit(batch, q, score, slab.first_row + row);
       }
     }
   }
