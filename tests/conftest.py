@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
+# A shell has its background jobs ignore Ctrl-C, and they their children, which some tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 os.environ.setdefault("MPLBACKEND", "Agg")
 # With all threads each, several processes wait for each other.
@@ -19,7 +23,13 @@ jaxtyping.install_import_hook(["attribution", "stages", "miniworld"], "tests.con
 
 
 # Minutes in one file: who begins last would work on alone.
-LONGEST = ("test_pipeline.py", "test_workers.py", "test_similarity_cuda.py", "test_gate.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_workers.py",
+    "test_similarity_cuda.py",
+    "test_similarity_cuda_codes.py",
+    "test_gate.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
