@@ -40,8 +40,8 @@ def check(queries: np.ndarray, rows: torch.Tensor, **arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("count", "rows", "dim", "storage"),
     [
-        (3, 1203, 40, "float32"), (9, 400, 1800, "bfloat16"), (32, 400, 33, "float16"),
-        (33, 400, 72, "bfloat16"), (66, 400, 520, "float16"), (129, 400, 136, "float32"),
+        (3, 800, 40, "float32"), (9, 300, 1800, "bfloat16"), (32, 300, 33, "float16"),
+        (33, 300, 72, "bfloat16"), (66, 300, 520, "float16"), (129, 300, 136, "float32"),
     ],
 )  # fmt: skip
 def test_every_kernel_returns_the_bits_of_the_cpu(
@@ -51,18 +51,18 @@ def test_every_kernel_returns_the_bits_of_the_cpu(
     check(queries, stored(gallery + np.float32(0.1), storage), k=5, inv_tau=16.0, b=-0.04)
 
 
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("count", [2, 35])
 def test_rows_in_no_order_are_walked_once(walks: list[int], count: int) -> None:
-    gallery = oracle.unit(np.random.default_rng(0).standard_normal((1100, 64)))
+    gallery = oracle.unit(np.random.default_rng(0).standard_normal((800, 64)))
     check(gallery[:count], torch.from_numpy(gallery), k=10, inv_tau=100.0, b=-0.5)
     assert not walks
 
 
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("count", [2, 35])
 def test_what_overflows_is_walked_again_by_values(walks: list[int], count: int) -> None:
     """Every row is better than all before it for some queries."""
     rng = np.random.default_rng(1)
-    gallery = oracle.unit(rng.standard_normal((1101, 32)))
+    gallery = oracle.unit(rng.standard_normal((801, 32)))
     queries = oracle.unit(rng.standard_normal((count, 32)))
     check(queries, torch.from_numpy(gallery[np.argsort(gallery @ queries[0])]), k=30, inv_tau=100.0, b=-0.5)
     assert walks
@@ -71,19 +71,18 @@ def test_what_overflows_is_walked_again_by_values(walks: list[int], count: int) 
 @pytest.mark.parametrize(("inv_tau", "b"), [(16.0, -0.04), (0.1, -0.5), (5.0, 0.0)])
 def test_scale_offset_and_every_window(walks: list[int], inv_tau: float, b: float) -> None:
     rng = np.random.default_rng(2)
-    queries, gallery = oracle.planted(rng, 5, 900, 48)
+    queries, gallery = oracle.planted(rng, 5, 600, 48)
     scale = rng.uniform(0.5, 2, len(gallery)).astype(np.float32)
     scale[::50] = 0
     offset = rng.standard_normal(len(queries)).astype(np.float32)
     check(queries, stored(gallery, "bfloat16"), k=20, inv_tau=inv_tau, b=b, scale=scale, offset=offset)
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-30, 1e9])
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize(("count", "size"), [(2, 1.0), (2, 1e-30), (2, 1e9), (35, 1.0)])
 def test_awkward_rows_give_the_same_bits(device: str, count: int, size: float, monkeypatch) -> None:
     monkeypatch.setattr(cuda_gallery, "LARGEST_CODED", 2.0**60)
     rng = np.random.default_rng(3)
-    gallery = awkward(rng, 700, 24)
+    gallery = awkward(rng, 400, 24)
     queries = (rng.standard_normal((count, 24)) * size).astype(np.float32)
     queries[0] = 0
     largest = float(np.abs(queries @ gallery.T).max())
