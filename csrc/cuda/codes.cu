@@ -6,18 +6,6 @@ namespace {
 
 constexpr int warps = 8;
 
-__device__ double warp_sum(double value) {
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
-  return value;
-}
-__device__ double warp_max(double value) {
-  for (int by = 16; by > 0; by /= 2) {
-    const double other = __shfl_xor_sync(0xffffffffu, value, by);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-__device__ double larger(double a, double b) { return a > b ? a : b; }
 __device__ float above(double value) { return float(value * (1 + 0x1p-23) + 0x1p-149); }
 
 // One block, one stripe, whose rows share a step: of the largest value of x - center, 127 make one.

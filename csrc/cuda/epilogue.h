@@ -81,8 +81,6 @@ struct Hits {
 
 // Of a query's upper and lower eight bits.
 __device__ __forceinline__ float both_planes(int32_t upper, int32_t lower) { return fmaf(float(upper), 256.0f, float(lower)); }
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // sums: [count] of one query and rows first + column(i), of one stripe.
 //

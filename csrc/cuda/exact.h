@@ -24,6 +24,22 @@ __device__ __forceinline__ Key key_of(float score, int64_t row) {
 __device__ __forceinline__ float score_of(Key key) { return unordered(uint32_t(key >> 32)); }
 __device__ __forceinline__ int64_t row_of(Key key) { return int64_t(0xffffffffu - uint32_t(key)); }
 
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return a > b ? a : b; }
+__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Of all lanes, in every lane.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+  for (int by = 16; by > 0; by /= 2) value = larger(value, __shfl_xor_sync(0xffffffffu, value, by));
+  return value;
+}
+
 // Would arithmetic in float32 be safe for this query and these rows?
 __device__ __forceinline__ bool safe(const Stripe& stripe, const Query& query) {
   const float reach = stripe.norm * stripe.scale;  // NaN compares false

@@ -7,16 +7,6 @@ namespace {
 // Upwards: the sum itself is rounded, and squares below the smallest float vanish from it.
 __device__ float norm_above(float squared, int dim) { return sqrtf(squared * 1.001f + float(dim) * 0x1p-110f); }
 
-template <class T>
-__device__ T warp_sum(T value) {
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
-  return value;
-}
-__device__ float warp_max(float value) {
-  for (int by = 16; by > 0; by /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, by));
-  return value;
-}
-
 __device__ void add_square(float value, float& squared, bool& bad) {
   bad |= !finite(value);
   squared = fmaf(value, value, squared);
