@@ -27,7 +27,7 @@ from stages.processes import killed_worker_told, process_pool
 Owner = TypeVar("Owner")
 BATCHES_AHEAD = 2
 # To start takes half a second on each core. On 16, where threads end at 1,100 images a second and processes
-# at 2,000, that is gained back by about 1,000 images; on 2, at 330 a second to their 300, by 2,000.
+# at 2,000, that is gained back by about 1,500 images; on 2, at 330 a second to their 300, by 2,000.
 FEWEST_FOR_PROCESSES = 4096
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from attribution import cuda_call, cuda_gallery, cuda_library, cuda_walk, similarity, similarity_cuda
+from attribution import cuda_call, cuda_gallery, cuda_walk, similarity, similarity_cuda
 from attribution.cuda_call import Call, Settings
 from tests import oracle
 from tests.test_similarity import assert_same
@@ -204,6 +204,5 @@ def test_chunks_leave_room_for_what_they_emit(operand: str, k: int, rows: int) -
     capacity, first, growth = cuda_walk.plan_chunks(k, 2048, rows, 16, operand)
     assert capacity >= min(rows, k + 2048)
     assert min(rows, first) <= capacity
-    assert (growth - 1) * 1.4 * k + k <= capacity or capacity == rows
+    assert (growth - 1) * cuda_walk.KEPT[operand] * k + k <= capacity or capacity == rows
     assert first >= k
-    assert cuda_library.OPERANDS.index(operand) >= 3
