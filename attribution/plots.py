@@ -88,7 +88,7 @@ def plot_curves(
 
 def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str) -> None:
     """The PNG shows influence due against influence claimed per bin and calibrator; area = influence."""
-    figure, axis = plt.subplots(figsize=(5.2, 4.4), gridspec_kw=MARGINS)
+    figure, axis = plt.subplots(figsize=(5.2, 4.4), gridspec_kw={**MARGINS, "left": 0.15})
     low = BIN_ENDS[0]
     axis.plot([low, 1], [low, 1], color="#777777", linestyle=":", label="as claimed")
     for (name, one), color in zip(found.items(), ("#d55e00", "#0072b2", "#009e73"), strict=False):
