@@ -87,6 +87,7 @@ struct Prepared {
   float largest_scale;  // max over rows of scale; NaN if one is negative
   float largest_shift;  // max over rows of scale * |x - x as the kernel reads it|
   const float* shift;   // [block.count] the same of each row, where that varies; or null
+  bool arranged = false;  // `rows` are copied as kernel_matrices.inc likes them
 };
 
 // Where the fast kernel puts every (row, query) whose score reaches the query's threshold.
