@@ -34,7 +34,8 @@ bool runs(const std::string& name) {
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2") return avx2;
   if (name == "avx512f") return avx512f;
-  const bool avx512_bf16 = avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512_bf16 = avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512vbmi");
   if (name == "avx512_bf16") return avx512_bf16;
 #ifdef ATTRIBUTION_AMX
   if (name == "avx512_amx") return avx512_bf16 && may_use_matrices();

@@ -104,7 +104,8 @@ class Scan {
   bool tells_enough(int64_t begin, int64_t end) const;
   template <class Work>
   void for_passing(int64_t begin, int64_t index, const Work& work) const;
-  void look_closer(Member& member);
+  void pass(const Block& block, int row, Member& member);
+  void look_closer(Member& member, size_t left);
 
   bool time_to_ask();
   void refuse(int64_t row, const std::string& why);

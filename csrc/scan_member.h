@@ -36,7 +36,9 @@ struct Scan::Promising {
   int64_t row;
 };
 struct Scan::Passed {
-  int64_t block, row;  // row: of the whole gallery
+  int64_t row;  // of the whole gallery
+  Codes coded;
+  const float* scale;  // or null
 };
 
 // One thread's own memory.

@@ -9,8 +9,8 @@ namespace attribution {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr int64_t most_asked = 4096;  // bytes of a row
 constexpr int64_t most_sifted = (int64_t(4) << 20) / (block_rows * int64_t(sizeof(float)));  // blocks, of 4 MB of bounds
-constexpr int lines_ahead = 96;  // cache lines of codes to ask for before they are needed
 
 // Which rows of a block have bounds that reach a cut.
 struct Reaching {
@@ -28,14 +28,14 @@ constexpr auto greater = [](const auto& a, const auto& b) { return a.bound > b.b
 
 }  // namespace
 
-// Calls work(row) for the block's rows that may reach the cut of any query.
+// Calls work(block, r) for the rows of a block, given as codes, that may reach the cut of any query.
 template <class Work>
 void Scan::for_passing(int64_t begin, int64_t index, const Work& work) const {
   Reaching reaching;
   for (int q = 0; q < batch_.count; ++q)
     run_.set->add_reaching(bounds_.get() + (q * sifted_ + index - begin) * block_rows, (*cut_)[size_t(q)], reaching.bits);
-  const Block block = gallery_.block(index);
-  reaching.for_each(block.count, [&](int r) { work(block.first_row + r); });
+  const Block block = gallery_.coded_block(index);
+  reaching.for_each(block.count, [&](int r) { work(block, r); });
 }
 
 // Each query lets some rows pass for every one that it wants. Where they add up, codes alone are faster: as fast for 2
@@ -54,11 +54,11 @@ void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomi
     if (begin == 0) fulfil(most_promising, members, settle);
     if (!always_codes_ && !tells_enough(begin, end)) break;
     const Take take = [&](int id, int64_t index, int64_t) {
-      for_passing(begin, index, [&](int64_t row) { members[size_t(id)].passed.push_back({index, row}); });
+      for_passing(begin, index, [&](const Block& block, int r) { pass(block, r, members[size_t(id)]); });
     };
     while (next < end) {
       for (Member& member : members) member.codes->stale = true;
-      take_turns(next, end, next, take, [&](int id) { look_closer(members[size_t(id)]); });
+      take_turns(next, end, next, take, [&](int id) { look_closer(members[size_t(id)], 0); });
       for (int q = 0; q < batch_.count; ++q) settle(q);
     }
   }
@@ -98,7 +98,7 @@ void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const Se
       best.insert(best.end(), some.begin(), some.end());
     }
     const int64_t count = std::min<int64_t>(most_promising, int64_t(best.size()));
-    std::partial_sort(best.begin(), best.begin() + count, best.end(), greater);
+    if (count > 0) std::nth_element(best.begin(), best.begin() + (count - 1), best.end(), greater);
     Candidate* items = candidates(q);
     for (int64_t i = 0; i < count; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
     batch_.rescore(items, count, q);
@@ -111,44 +111,41 @@ void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const Se
 // A row whose codes are read as well costs more than it saves if two others are not.
 bool Scan::tells_enough(int64_t begin, int64_t end) const {
   int64_t passed = 0, rows = 0;
-  for (int64_t index = begin; index < end; index += 16) {
-    for_passing(begin, index, [&](int64_t) { ++passed; });
+  for (int64_t index = begin; index < end; index += std::max<int64_t>(16, (end - begin) / 64)) {
+    for_passing(begin, index, [&](const Block&, int) { ++passed; });
     rows += gallery_.block(index).count;
   }
   return 5 * passed < 2 * rows;
 }
 
-// Looks at the codes of rows that passed, as if they were neighbours.
-void Scan::look_closer(Member& member) {
+// Asks for the codes of a row, which lie anywhere in memory, and looks at those that were asked for some time ago.
+void Scan::pass(const Block& block, int r, Member& member) {
+  const Codes& all = block.coded;
+  const Codes coded{all.codes + r * block.stride, all.step + r, all.residual + r, all.norm + r};
+  for (int64_t byte = 0; byte < std::min(block.stride, most_asked); byte += 64) __builtin_prefetch(coded.codes + byte, 0, 2);
+  for (const float* each : {coded.step, coded.residual, coded.norm}) __builtin_prefetch(each, 0, 2);
+  member.passed.push_back({block.first_row + r, coded, block.row_scale(r)});
+  if (member.passed.size() >= 2 * block_rows) look_closer(member, block_rows);
+}
+
+// Looks at the codes of rows that passed, as if they were neighbours, until so many are left.
+void Scan::look_closer(Member& member, size_t left) {
   const int64_t bytes = code_bytes(gallery_.dim);
-  const size_t ahead = size_t(std::max<int64_t>(1, lines_ahead * 64 / bytes));
-  const auto ask_for = [&](size_t i) {
-    if (i >= member.passed.size()) return;
-    const Block block = gallery_.coded_block(member.passed[i].block);
-    const int64_t r = member.passed[i].row - block.first_row;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(block.rows + r * bytes + byte);
-    for (const float* each : {block.coded.step, block.coded.residual, block.coded.norm}) __builtin_prefetch(each + r);
-  };
-  for (size_t i = 0; i < ahead; ++i) ask_for(i);
   Side& side = *member.codes;
-  for (size_t begin = 0; begin < member.passed.size(); begin += block_rows) {
+  size_t begin = 0;
+  for (; begin + left < member.passed.size(); begin += block_rows) {
     const int count = int(std::min<size_t>(block_rows, member.passed.size() - begin));
     const Passed* rows = member.passed.data() + begin;
     float step[block_rows], residual[block_rows], norm[block_rows], scale[block_rows];
-    bool scaled = false;
     for (int i = 0; i < count; ++i) {
-      ask_for(begin + size_t(i) + ahead);
-      const Block block = gallery_.coded_block(rows[i].block);
-      const int64_t r = rows[i].row - block.first_row;
-      std::memcpy(member.codes_of_passed.data() + i * bytes, block.rows + r * bytes, size_t(bytes));
-      step[i] = block.coded.step[r];
-      residual[i] = block.coded.residual[r];
-      norm[i] = block.coded.norm[r];
-      scaled = block.scale != nullptr;
-      if (scaled) scale[i] = block.scale[r];
+      std::memcpy(member.codes_of_passed.data() + i * bytes, rows[i].coded.codes, size_t(bytes));
+      step[i] = *rows[i].coded.step;
+      residual[i] = *rows[i].coded.residual;
+      norm[i] = *rows[i].coded.norm;
+      scale[i] = rows[i].scale ? *rows[i].scale : 1.0f;
     }
     const unsigned char* codes = member.codes_of_passed.data();
-    const Block block{codes, bytes, count, 0, scaled ? scale : nullptr, nullptr, {codes, step, residual, norm}};
+    const Block block{codes, bytes, count, 0, rows->scale ? scale : nullptr, nullptr, {codes, step, residual, norm}};
     Prepared prepared;
     codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
                             &prepared);
@@ -168,7 +165,7 @@ void Scan::look_closer(Member& member) {
       }
     for (int q = 0; q < batch_.count; ++q) pour_many(member, q);
   }
-  member.passed.clear();
+  member.passed.erase(member.passed.begin(), member.passed.begin() + int64_t(std::min(begin, member.passed.size())));
 }
 
 }  // namespace attribution

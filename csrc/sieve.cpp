@@ -19,13 +19,14 @@ Sieve::Sieve(const InstructionSet& set, const Gallery& gallery, const float* que
     const float* query = queries + rows[size_t(q)] * dim;
     const double norm = std::sqrt(dot(query, query)) * (1 + 1e-6);
     const double own = offset ? double(offset[rows[size_t(q)]]) : 0.0, at_center = own + dot(query, gallery.center);
-    SketchedQuery sketched{0, std::numeric_limits<float>::infinity(), 0, 0};
+    SketchedQuery sketched{0, 0, std::numeric_limits<float>::infinity(), 0, 0};
     // No number of a plain query leads out of the range of float, or is too small for a normal one.
     if (norm < double(plain_limit) && std::fabs(own) + norm * center < double(plain_limit)) {
       float missing;
-      set.sketch_query(query, dim, panels_.data() + q * set.sketched_bytes(dim), &sketched.step, &missing);
-      // What is rounded here and in a canonical score is rounded fewer than 32 times, relative to these.
-      constexpr double rounding = 0x1p-19;
+      set.sketch_query(query, dim, panels_.data() + q * set.sketched_bytes(dim), &sketched, &missing);
+      // What is rounded here and in a canonical score is rounded fewer than 16 times, relative to these: but products of
+      // levels, all of them positive, may be 127 / 1.5 times as large as what they make in the end.
+      constexpr double rounding = 16 * 85 * 0x1p-24;
       if (sketched.step == 0 || sketched.step >= 0x1p-60f) {
         sketched.per_residual = float(norm * (1 + 1e-6));
         sketched.per_norm = float((double(missing) + norm * rounding) * (1 + 1e-6));

@@ -17,6 +17,9 @@ from tests.test_similarity_properties import check_against_the_reference, walks,
 MOST_CODED = {"avx512_amx": 256, "avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
 # And the most for which each reads sketches.
 MOST_SKETCHED = {"avx512_amx": 4, "avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
+# What sketches say of a value, in steps.
+UPPER = (1.5, 3.5, 6.5, 9.5, 12.5, 15.5, 18.5, 21.5, 24.5, 27.5, 31.5, 35.5, 40.5, 46.5, 53.5, 63.5)
+LEVELS = np.array([-level for level in UPPER[::-1]] + list(UPPER))
 LANES = {"avx512_amx": 16, "avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
 # The most queries whose codes have 16 bits, where codes are read at all.
 MOST_FINE = {"avx512_amx": 4, "avx512_bf16": 8, "avx512f": 8, "avx2": 4, "portable": 2}
@@ -217,8 +220,9 @@ def unpacked(compressed: similarity.CompressedGallery, dim: int) -> tuple[Codes,
     groups = -(-dim // 128)
     nibbles = held.values[:, : groups * 64].reshape(len(held.values), groups, 64)
     low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(len(nibbles), groups * 128)
-    fifth = np.unpackbits(held.values[:, groups * 64 :], axis=1, bitorder="little")
-    return held, (low + 16 * fifth)[:, :dim].astype(np.longdouble) - 15.5
+    fifths = held.values[:, groups * 64 :].reshape(len(nibbles), groups, 1, 16)
+    fifth = (fifths >> np.arange(8).reshape(8, 1) & 1).reshape(len(nibbles), groups * 128)
+    return held, LEVELS[low + 16 * fifth][:, :dim].astype(np.longdouble)
 
 
 def test_a_query_along_what_a_sketch_misses_reaches_its_bound(isa: str) -> None:
@@ -233,10 +237,13 @@ def test_a_query_along_what_a_sketch_misses_reaches_its_bound(isa: str) -> None:
     bounds = similarity.load_extension().sketched_bounds(*call.extension_inputs())
     own = np.arange(4)
     exact = similarity.canonical_scores(missing, gallery, own[:, None])[:, 0]
-    slack = (bounds[own, own] - exact) / (np.linalg.norm(missing, axis=1) * held.residuals[:4])
-    # What is left is the query's own rounding, and how much longer the row is than what is missing of it.
+    along = np.linalg.norm(missing, axis=1) * held.residuals[:4]
+    slack = (bounds[own, own] - exact) / along
+    # What is left is the query's own rounding, times how much longer the row is than what is missing of it.
+    rounding = np.linalg.norm(lost(missing, 127), axis=1) * held.norms[:4] / along
     assert (slack > 0).all()
-    assert (slack < 0.25).all()
+    assert (slack < 0.01 + 1.5 * rounding).all()
+    assert (slack < 0.4).all()
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
@@ -259,9 +266,9 @@ def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
         # Half a step at most, where a step is a number at all.
         normal = got.codes.steps > 1e-37
         assert (got.codes.residuals[normal] <= 0.5001 * np.sqrt(dim) * got.codes.steps[normal]).all()
-        if dim == 130:  # of normal values a seventeenth, on average
+        if dim == 130:  # of normal values a twentieth, on average
             ordinary = np.arange(len(gallery)) % 7 == 6
-            assert (got.sketches.residuals[ordinary] / size[ordinary]).mean() < 1 / 16
+            assert (got.sketches.residuals[ordinary] / size[ordinary]).mean() < 1 / 19
 
 
 def test_the_gallery_is_read_in_place(tmp_path) -> None:
