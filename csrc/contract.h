@@ -28,13 +28,13 @@ static inline int64_t code_bytes(int dim) { return (int64_t(dim) + 63) / 64 * 64
 static constexpr int most_coded_dim = 65536;  // of sums of their products in 32 bits
 
 // The sketch of a row, five bits for each value: which of these levels it has. They lie where least is missing of normally
-// distributed values (Lloyd, Max), as far as seven bits can say; 1/16 of a standard deviation is the best step for those, nearly.
+// distributed values (Lloyd, Max), as far as seven bits can say; 1/20 of a standard deviation is nearly the best step for those.
 static constexpr unsigned char sketch_levels[32] = {0,  10, 17, 23, 28, 32, 36, 39, 42, 45, 48,  51,  54,  57,  60,  62,
                                                     65, 67, 70, 73, 76, 79, 82, 85, 88, 91, 95, 99, 104, 110, 117, 127};
 static constexpr int twice_mid_level = 127;
 
-// For every 128 of them come 64 bytes, the lower halves of which hold the lower
-// four bits of the first 64 values, the upper halves those of the others; then, for every 128, the fifth bits: of value i the bit i / 16 of byte i % 16.
+// For every 128 values of a sketch come 64 bytes, the lower halves of which hold the lower four bits of the first 64 values,
+// the upper halves those of the others; then, for every 128, the fifth bits: of value i, bit i / 16 of byte i % 16.
 static inline int64_t sketch_groups(int dim) { return (int64_t(dim) + 127) / 128; }
 static inline int64_t sketch_bytes(int dim) { return sketch_groups(dim) * 80; }
 
