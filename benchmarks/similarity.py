@@ -22,14 +22,14 @@ import numpy as np
 
 from attribution import similarity
 from benchmarks.ceilings import Machine
-from benchmarks.similarity_methods import Method, Search, methods
+from benchmarks.similarity_methods import Method, Search, methods, room
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     """Random unit vectors, float32, made piecewise so that they fit where float64 copies would not."""
-    made = np.empty((rows, dim), np.float32)
+    made = room((rows, dim), np.float32)
     for first in range(0, rows, 100_000):
         some = rng.standard_normal((min(100_000, rows - first), dim), np.float32)
         made[first : first + 100_000] = some / np.linalg.norm(some, axis=1, keepdims=True)
