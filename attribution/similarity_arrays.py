@@ -109,17 +109,20 @@ def center_of(shards: Sequence[np.ndarray], storage: str) -> Float32[np.ndarray,
     return np.median(some, axis=0).astype(np.float32) if len(some) else np.zeros(some.shape[1], np.float32)
 
 
+def aligned_bytes(size: int) -> UInt8[np.ndarray, " size"]:
+    """Room that begins where a cache line does."""
+    room = np.empty(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size]
+
+
 def room_for_codes(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Room for codes, in whole cache lines, and for sketches; both begin where such a line does."""
+    """Room for codes, in whole cache lines, and for sketches."""
     if dim > CODED_DIM:
         raise ValueError(f"gallery: wanted dim <= {CODED_DIM} to compress, got {dim}")
-
-    def aligned(row_bytes: int) -> UInt8[np.ndarray, "rows bytes"]:
-        room = np.empty(rows * row_bytes + 64, np.uint8)
-        begin = -room.ctypes.data % 64
-        return room[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
-
-    return aligned(-(-dim // 64) * 64), aligned(-(-dim // 128) * 80)
+    row_bytes = (-(-dim // 64) * 64, -(-dim // 128) * 80)
+    codes, sketches = (aligned_bytes(rows * size).reshape(rows, size) for size in row_bytes)
+    return codes, sketches
 
 
 def as_float32(values: np.ndarray, storage: str) -> np.ndarray:

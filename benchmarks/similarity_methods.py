@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from attribution import similarity
+from attribution.similarity_arrays import aligned_bytes
 
 INV_TAU, B = 50.0, -0.1  # a window of 0.046 below the best cosine
 SCORE_BYTES = 256 << 20  # what peers may hold of the queries x gallery scores at a time
@@ -35,9 +36,7 @@ class Method:
 def room(shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
     """Memory as everybody likes it: in large pages, as numpy's; on a cache line's begin, as torch's."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-    whole = np.empty(size + 64, np.uint8)
-    begin = -whole.ctypes.data % 64
-    return whole[begin : begin + size].view(dtype).reshape(shape)
+    return aligned_bytes(size).view(dtype).reshape(shape)
 
 
 def _held(gallery: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
