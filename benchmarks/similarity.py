@@ -2,12 +2,12 @@
 
     uv run --group benchmarks python -m benchmarks.similarity [--rows 500000] [--dims 512] [--queries 1 32]
 
-Each figure is the least of several attempts: wall time, and processor time of all threads, which other
+Each time is the least of several attempts: on the wall, and of the processors for all threads, which other
 processes disturb less (`chrt -f 10` before the command keeps them away from all methods alike). Beside it
 stands the fraction of this machine's own limit: the time to read the gallery once, or to do its multiply-adds
-at peak, whichever is longer. Where others share the memory, its pace changes by the minute: it is measured in
-every round, between the methods. preparation_seconds is what a method did to the float32 gallery before the
-first query.
+at peak, whichever is longer. Where others share the machine, its pace changes from moment to moment: it is
+measured right before every attempt, and the fraction is the median of what all attempts reached of it.
+preparation_seconds is what a method did to the float32 gallery before the first query.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import itertools
 import json
 import platform
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,35 @@ def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return made
 
 
-def fraction_of_limit(method: Method, limits: dict[str, float], threads: int, row: dict) -> dict:
-    """The limit divided by the time taken, by the clock on the wall and by that of the processors."""
-    gigabytes = row["rows"] * row["dim"] * row["bytes_per_value"] / 1e9
-    peak = limits[f"{method.arithmetic}_gmacs"] or limits["float32_gmacs"]
-    arithmetic = row["rows"] * row["dim"] * row["queries"] / 1e9 / peak if peak else 0.0
-    memory, memory_all = gigabytes / row["read_gb"], gigabytes / row["read_gb_all_threads"]
-    return {
-        "bound": "memory" if memory_all > arithmetic / threads else "arithmetic",
-        "fraction_wall": max(memory_all, arithmetic / threads) / row["wall_seconds"],
-        "fraction_processor": max(memory, arithmetic) / row["processor_seconds"],
-    }
+@dataclass
+class Attempts:
+    """Of one method: seconds on the wall and of the processors, and what the machine could do right before.
+
+    That is in 1e9 multiply-adds of the method's arithmetic per second and thread, 0 if it has none; in 1e9
+    bytes per processor second of one thread; and in 1e9 bytes per second of all threads.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    peak: list[float] = field(default_factory=list)
+    read_gb: list[float] = field(default_factory=list)
+    read_gb_all_threads: list[float] = field(default_factory=list)
+
+    def least(self) -> dict[str, float]:
+        return {"wall_seconds": min(self.wall), "processor_seconds": min(self.processor)}
+
+    def fractions(self, threads: int, multiply_adds: float, bytes_read: float) -> dict[str, Any]:
+        """What bounds the method, and the median of limit / time taken, by either clock."""
+        peak = np.array(self.peak)
+        arithmetic = np.divide(multiply_adds / 1e9, peak, out=np.zeros_like(peak), where=peak > 0)
+        memory, memory_all = (
+            bytes_read / 1e9 / np.array(read) for read in (self.read_gb, self.read_gb_all_threads)
+        )
+        return {
+            "bound": "memory" if np.median(memory_all - arithmetic / threads) > 0 else "arithmetic",
+            "fraction_wall": float(np.median(np.maximum(memory_all, arithmetic / threads) / self.wall)),
+            "fraction_processor": float(np.median(np.maximum(memory, arithmetic) / self.processor)),
+        }
 
 
 def timed(search: Search, queries: np.ndarray, k: int) -> tuple[float, float, np.ndarray]:
@@ -71,12 +90,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             preparation[method.name] = time.perf_counter() - begin
         for count, k in itertools.product(options.queries, options.k):
             case = {"rows": options.rows, "dim": dim, "queries": count, "k": k}
-            found, reading = measure_case(options, limits, chosen, searches, all_queries[:count], k)
+            attempts = measure_case(options, limits, chosen, searches, all_queries[:count], k)
+            reading = {
+                name: max(max(getattr(of_method, name)) for of_method in attempts.values())
+                for name in ("read_gb", "read_gb_all_threads")
+            }
             for method in chosen:
-                row = found[method.name] | case | reading
+                row = attempts[method.name].least() | case | reading
                 row |= {"influence": method.influence, "bytes_per_value": method.bytes_read(count)}
                 row |= {"method": method.name, "preparation_seconds": preparation[method.name]}
-                rows.append(row | fraction_of_limit(method, peaks, limits.threads, row))
+                values = options.rows * dim
+                limit = (values * count, values * method.bytes_read(count))
+                rows.append(row | attempts[method.name].fractions(limits.threads, *limit))
             print_case(rows[-len(chosen) :])
     return {
         "machine": machine(),
@@ -93,29 +118,31 @@ def measure_case(
     searches: dict[str, Search],
     queries: np.ndarray,
     k: int,
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """The least times of each method, and the best that reading memory came to meanwhile."""
-    best: dict[str, dict[str, float]] = {}
+) -> dict[str, Attempts]:
+    """All attempts of each method, in rounds."""
+    attempts = {method.name: Attempts() for method in chosen}
     found: dict[str, np.ndarray] = {}
-    readings = []
     end = time.perf_counter() + options.seconds
     for done in range(options.rounds):
         if done and time.perf_counter() > end:
             break
         for method in chosen:
-            readings.append(limits.reading())
+            one, several = limits.reading()
+            peaks = limits.arithmetic(repeats=1)
             wall, processor, found[method.name] = timed(searches[method.name], queries, k)
-            row = best.setdefault(method.name, {"wall_seconds": wall, "processor_seconds": processor})
-            row["wall_seconds"] = min(wall, row["wall_seconds"])
-            row["processor_seconds"] = min(processor, row["processor_seconds"])
+            of_method = attempts[method.name]
+            of_method.wall.append(wall)
+            of_method.processor.append(processor)
+            of_method.peak.append(peaks[f"{method.arithmetic}_gmacs"] or peaks["float32_gmacs"])
+            of_method.read_gb.append(one)
+            of_method.read_gb_all_threads.append(several)
     reference = found[chosen[0].name]
     for name, ids in found.items():
         # Rounded storage moves a few neighbours; who answers another question does not agree at all.
         agreement = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(ids, reference, strict=True)])
         if agreement < 0.8:
             raise RuntimeError(f"{name}: agrees with {chosen[0].name} on {agreement:.2f} of the top {k} only")
-    one, several = np.max(readings, axis=0)
-    return best, {"read_gb": float(one), "read_gb_all_threads": float(several)}
+    return attempts
 
 
 def print_case(rows: list[dict[str, Any]]) -> None:

@@ -7,14 +7,14 @@ namespace attribution {
 
 void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& codes,
               const CodesOut& sketches) {
-  Team team(int(std::max<int64_t>(1, std::min<int64_t>(threads, gallery.blocks()))));
+  const BorrowedTeam team = borrow_team(int(std::max<int64_t>(1, std::min<int64_t>(threads, gallery.blocks()))));
   const InstructionSet& set = *choose_instruction_set();
   std::vector<double> middle(size_t(padded_dim(gallery.dim)), 0.0);
   std::copy(center, center + gallery.dim, middle.begin());
   std::atomic<int64_t> next{0}, refused{gallery.rows()};
   std::atomic<bool> stop{false};
   bool stopped = false;
-  team.run([&](int member) {
+  team->run([&](int member) {
     std::vector<double> scratch(middle.size());
     for (int64_t index, taken = 0; !stop && (index = next.fetch_add(1)) < gallery.blocks(); ++taken) {
       const Block block = gallery.block(index);

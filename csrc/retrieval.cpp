@@ -115,18 +115,18 @@ int64_t batch_size(const Request& request, const Gallery& gallery, const Limits&
 
 Part retrieve_part(const Gallery& gallery, const Queries& queries, const Request& request, const Limits& limits,
                    const Interrupt& interrupted, int64_t first_row) {
-  Team team(useful_threads(limits, gallery));
-  const Run run{choose_instruction_set(), &team, interrupted};
+  const BorrowedTeam team = borrow_team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), team.get(), interrupted};
   Part part;
-  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size())))
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team->size())))
     gather(run, Filters(run, gallery, queries, rows), request, fresh_of(request, gallery), first_row, &part);
   return part;
 }
 
 std::vector<Mass> weigh(const Gallery& gallery, const Queries& queries, const Calibration& calibration, const float* best,
                         const std::vector<char>& which, const Limits& limits, const Interrupt& interrupted) {
-  Team team(useful_threads(limits, gallery));
-  const Run run{choose_instruction_set(), &team, interrupted};
+  const BorrowedTeam team = borrow_team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), team.get(), interrupted};
   std::vector<int64_t> wanted;
   for (int64_t q = 0; q < queries.count; ++q)
     if (which[size_t(q)]) wanted.push_back(q);
@@ -142,9 +142,9 @@ std::vector<Mass> weigh(const Gallery& gallery, const Queries& queries, const Ca
 
 void retrieve(const Gallery& gallery, const Queries& queries, const Request& request, const Limits& limits,
               const Interrupt& interrupted, const Found& found) {
-  Team team(useful_threads(limits, gallery));
-  const Run run{choose_instruction_set(), &team, interrupted};
-  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team.size()))) {
+  const BorrowedTeam team = borrow_team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), team.get(), interrupted};
+  for (const std::vector<int64_t>& rows : batches(all_of(queries), batch_size(request, gallery, limits, team->size()))) {
     Part part;
     gather(run, Filters(run, gallery, queries, rows), request, fresh_of(request, gallery), 0, &part);
     std::vector<int64_t> wide_rows;
@@ -167,8 +167,8 @@ void retrieve(const Gallery& gallery, const Queries& queries, const Request& req
 
 void count_larger(const Gallery& gallery, const Queries& queries, const double* thresholds, int count, bool or_equal,
                   const Limits& limits, const Interrupt& interrupted, int64_t* larger) {
-  Team team(useful_threads(limits, gallery));
-  const Run run{choose_instruction_set(), &team, interrupted};
+  const BorrowedTeam team = borrow_team(useful_threads(limits, gallery));
+  const Run run{choose_instruction_set(), team.get(), interrupted};
   for (const std::vector<int64_t>& rows : batches(all_of(queries), limits.query_batch)) {
     const Filters filters(run, gallery, queries, rows);
     Scan(run, filters.values, filters.of_codes(), nullptr)

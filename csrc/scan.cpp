@@ -11,7 +11,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 // Neighbouring blocks that a thread takes in one turn: memory is read at its full pace only by those who jump seldom. Of
 // 512 MB in turns of 96 kB two threads read 0.65 of what they read in turns of 1.5 MB.
-constexpr int64_t turn_bytes = 2 << 20;
+constexpr int64_t turn_bytes = 8 << 20;
 constexpr int64_t turn_candidates = (4 << 20) / int64_t(sizeof(Candidate));  // of all queries and threads
 
 // Upwards to three bits of mantissa, so that thresholds seldom change from block to block.

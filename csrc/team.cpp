@@ -1,23 +1,46 @@
 #include "team.h"
 
+#include <sched.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
 #include <system_error>
 
 namespace attribution {
 namespace {
 
-// A little longer than it takes to wake a sleeping thread.
+// Twice as long as it takes to wake a sleeping thread, and longer than a walk's caller works alone.
+constexpr auto patience = std::chrono::microseconds(200);
+
 template <class Condition>
 void watch(const Condition& holds) {
-  for (int i = 0; i < 1000 && !holds(); ++i) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
+  const auto end = std::chrono::steady_clock::now() + patience;
+  while (!holds() && std::chrono::steady_clock::now() < end) sched_yield();
 }
+
+// Signals are for the program's own threads, which may be waiting for them. Threads begin with the mask of their maker.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+// Never freed: at exit, its threads may still be asleep in it.
+std::atomic<Team*> kept{nullptr};
+std::atomic<pid_t> kept_by{0};
 
 }  // namespace
 
 Team::Team(int threads) {
+  const SignalsBlocked blocked;
   for (int member = 1; member < threads; ++member) {
     try {
       workers_.emplace_back([this, member] { work(member); });
@@ -36,15 +59,32 @@ Team::~Team() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+// A woken thread may be put behind the one that woke it, and wait there for milliseconds beside an idle processor.
+void Team::keep_off_the_callers_processor() {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (workers_.empty() || here < 0 || here == callers_processor_) return;
+  callers_processor_ = here;
+  cpu_set_t processors;
+  if (sched_getaffinity(0, sizeof processors, &processors) != 0) return;
+  if (CPU_COUNT(&processors) >= size()) CPU_CLR(here, &processors);
+  for (std::thread& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof processors, &processors);
+#endif
+}
+
 void Team::run(const std::function<void(int)>& job) {
+  keep_off_the_callers_processor();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     job_ = &job;
-    busy_ = int(workers_.size());
     ++round_;
   }
   begin_.notify_all();
-  attempt(0);
+  attempt(0, job);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    job_ = nullptr;
+  }
   watch([this] { return busy_ == 0; });
   std::unique_lock<std::mutex> lock(mutex_);
   end_.wait(lock, [this] { return busy_ == 0; });
@@ -63,20 +103,40 @@ void Team::work(int member) {
     begin_.wait(lock, [&] { return closing_ || round_ != seen; });
     if (closing_) return;
     seen = round_;
+    if (job_ == nullptr) continue;
+    const std::function<void(int)>& job = *job_;
+    ++busy_;
     lock.unlock();
-    attempt(member);
+    attempt(member, job);
     lock.lock();
     if (--busy_ == 0) end_.notify_one();
   }
 }
 
-void Team::attempt(int member) {
+void Team::attempt(int member, const std::function<void(int)>& job) {
   try {
-    (*job_)(member);
+    job(member);
   } catch (...) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!failure_) failure_ = std::current_exception();
   }
+}
+
+BorrowedTeam borrow_team(int threads) {
+  Team* team = kept.exchange(nullptr);
+  if (team != nullptr && kept_by != getpid()) team = nullptr;  // the parent's
+  if (team != nullptr && team->size() != threads) {
+    delete team;
+    team = nullptr;
+  }
+  if (team == nullptr) return BorrowedTeam(new Team(threads));
+  team->callers_processor_ = -1;  // who may run where can have changed
+  return BorrowedTeam(team);
+}
+
+void Keep::operator()(Team* team) const {
+  kept_by = getpid();
+  delete kept.exchange(team);
 }
 
 }  // namespace attribution

@@ -1,16 +1,26 @@
-// Threads for the length of one call. Nothing of them outlives it, so a fork between calls finds no dead pool, and
-// interpreter exit has nothing to join.
+// Threads, and one team of them that stays for the next call.
 #pragma once
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace attribution {
+
+class Team;
+struct Keep {
+  void operator()(Team* team) const;
+};
+using BorrowedTeam = std::unique_ptr<Team, Keep>;
+
+// The team that the last call kept, or a new one if that has another size, is another process's (a fork copies no
+// threads) or is in use. To begin and end threads takes a tenth of a millisecond, and so does to wait for them.
+BorrowedTeam borrow_team(int threads);
 
 class Team {
  public:
@@ -21,23 +31,27 @@ class Team {
 
   int size() const { return int(workers_.size()) + 1; }
 
-  // Runs job(member) on every member, 0 being the caller, and returns when all have returned. Rethrows the first
-  // exception.
+  // Runs job(member) on members of the team, the caller as 0, and returns when all who began have returned. Rethrows the
+  // first exception. A job's work is taken piece by piece by whoever is there: a member that wakes up only after the caller
+  // has found nothing left does not begin, so that nobody waits for it.
   void run(const std::function<void(int)>& job);
 
  private:
+  friend BorrowedTeam borrow_team(int threads);
   void work(int member);
-  void attempt(int member);
+  void attempt(int member, const std::function<void(int)>& job);
+  void keep_off_the_callers_processor();
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable begin_, end_;
-  const std::function<void(int)>* job_ = nullptr;
+  const std::function<void(int)>* job_ = nullptr;  // or null: nobody may begin
   std::exception_ptr failure_;
   // Atomic, because who waits looks at them for some microseconds before it sleeps: a walk has many short rounds.
   std::atomic<int64_t> round_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<int> busy_{0};  // workers that have begun and not returned
   bool closing_ = false;
+  int callers_processor_ = -1;  // which workers do not use, or -1
 };
 
 }  // namespace attribution

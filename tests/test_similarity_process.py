@@ -66,6 +66,54 @@ def test_a_forked_child_retrieves_too() -> None:
     assert "both" in run_python(code).stdout
 
 
+def test_calls_share_their_threads_and_leave_one_team_behind() -> None:
+    code = """
+        import os, threading
+        import numpy as np
+        from attribution import similarity
+        rows = np.random.default_rng(0).standard_normal((2000, 32)).astype(np.float32)
+        search = lambda threads: similarity.search(rows[:20], rows, k=5, threads=threads)[0]
+        running = lambda: set(os.listdir("/proc/self/task"))
+        want, before = search(1), running()
+        assert (search(3) == want).all()
+        own = running() - before
+        assert len(own) == 2, own
+        for _ in range(20):
+            assert (search(3) == want).all()
+            assert running() - before == own
+        calls = [threading.Thread(target=search, args=(threads,)) for threads in (2, 3, 4) * 3]
+        for call in calls: call.start()
+        for call in calls: call.join()
+        assert (search(4) == want).all()
+        assert len(running() - before) == 3
+        mask = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(mask)})
+        assert (search(4) == want).all()
+        allowed = [os.sched_getaffinity(int(task)) for task in running() - before]
+        assert allowed == [{min(mask)}] * 3, allowed
+        print("shared")
+    """
+    done = run_python(code)
+    assert "shared" in done.stdout, done.stderr
+
+
+def test_signals_go_to_the_programs_own_threads() -> None:
+    code = """
+        import os, re
+        from pathlib import Path
+        import numpy as np
+        from attribution import similarity
+        before = set(os.listdir("/proc/self/task"))
+        rows = np.eye(300, dtype=np.float32)
+        similarity.search(rows, rows, k=2, threads=2)
+        (own,) = set(os.listdir("/proc/self/task")) - before
+        blocked = re.search(r"SigBlk:\\s+(\\w+)", Path(f"/proc/self/task/{own}/status").read_text())[1]
+        print("interrupt blocked:", int(blocked, 16) >> 1 & 1)
+    """
+    done = run_python(code)
+    assert "interrupt blocked: 1" in done.stdout, done.stderr
+
+
 def test_other_python_threads_run_meanwhile() -> None:
     queries, gallery = oracle.planted(np.random.default_rng(0), 64, 20_000, 64)
     ticks, done = [], threading.Event()
