@@ -11,8 +11,10 @@ preparation_seconds is what a method did to the float32 gallery before the first
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -68,10 +70,22 @@ class Attempts:
         }
 
 
+def processor_seconds() -> float:
+    """Of all threads of this process, those included that have ended.
+
+    Of threads that run, the process's clock knows only the last tick; asking for a thread's own brings it up
+    to date.
+    """
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            time.clock_gettime(~int(task) << 3 | 6)  # as pthread_getcpuclockid names it
+    return time.process_time()
+
+
 def timed(search: Search, queries: np.ndarray, k: int) -> tuple[float, float, np.ndarray]:
-    wall, processor = time.perf_counter(), time.process_time()
+    processor, wall = processor_seconds(), time.perf_counter()
     ids = search(queries, k)
-    return time.perf_counter() - wall, time.process_time() - processor, ids
+    return time.perf_counter() - wall, processor_seconds() - processor, ids
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
