@@ -19,12 +19,14 @@ void watch(const Condition& holds) {
   while (!holds() && std::chrono::steady_clock::now() < end) sched_yield();
 }
 
-// Signals are for the program's own threads, which may be waiting for them. Threads begin with the mask of their maker.
+// Signals are for the program's own threads, which may be waiting for them, but for those that tell of a thread's own
+// faults. Threads begin with the mask of their maker.
 class SignalsBlocked {
  public:
   SignalsBlocked() {
     sigset_t all;
     sigfillset(&all);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&all, fault);
     pthread_sigmask(SIG_BLOCK, &all, &before_);
   }
   ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
