@@ -2,6 +2,8 @@
 // what is checked again here is what would otherwise read outside an array.
 #include "bindings.h"
 
+#include <limits>
+
 #include "compression.h"
 #include "dispatch.h"
 
@@ -90,6 +92,7 @@ IntArray count_arrays(const Shards& shards, const std::string& storage, const Fl
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
   require(thresholds.ndim() == 2 && thresholds.shape(0) == view.count, "thresholds: wanted [queries, thresholds]");
+  require(thresholds.shape(1) <= std::numeric_limits<int>::max(), "thresholds: too many");
   require(threads >= 1 && query_batch >= 1, "threads, query_batch: out of range");
   IntArray larger(std::vector<py::ssize_t>{thresholds.shape(0), thresholds.shape(1)});
   int64_t* to = larger.mutable_data();

@@ -4,6 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cxxabi.h>
+#include <unistd.h>
+
+#include <cfenv>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -34,15 +39,55 @@ Gallery gallery_of(const Shards& shards, const std::string& storage, int64_t dim
                    const CompressedArrays& codes);
 Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& offset);
 
+// A daemon thread that asks for the GIL once the interpreter has ended is told to exit (before Python 3.14), which neither
+// workers nor destructors survive: it waits for the process to end instead.
+template <class Ask>
+auto or_wait_for_the_end(const Ask& ask) {
+#ifdef __GLIBCXX__
+  try {
+    return ask();
+  } catch (const abi::__forced_unwind&) {
+    while (true) pause();
+  }
+#else
+  return ask();
+#endif
+}
+
+// The caller may flush subnormal numbers or round otherwise (torch.set_flush_denormal); new threads would do as it does.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultArithmetic() { std::fesetenv(&before_); }
+
+ private:
+  std::fenv_t before_;
+};
+
 // Runs without the GIL. Ctrl-C is noticed between blocks, by the calling thread.
 template <class Work>
 void without_gil(const Work& work) {
+  std::exception_ptr failure;
+  PyThreadState* state = PyEval_SaveThread();
+  {
+    const DefaultArithmetic arithmetic;
+    try {
+      work([] {
+        return or_wait_for_the_end([] {
+          py::gil_scoped_acquire acquire;
+          return PyErr_CheckSignals() != 0;
+        });
+      });
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  or_wait_for_the_end([state] { PyEval_RestoreThread(state); });
   try {
-    py::gil_scoped_release release;
-    work([] {
-      py::gil_scoped_acquire acquire;
-      return PyErr_CheckSignals() != 0;
-    });
+    if (failure) std::rethrow_exception(failure);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }

@@ -84,6 +84,7 @@ py::tuple merge_arrays(const std::vector<py::tuple>& parts, int64_t k, double in
     pointers.push_back(&part);
   }
   const Calibration calibration{inv_tau, b};
+  const DefaultArithmetic arithmetic;
   return arrays_of(merge({k, &calibration, b < 0 ? window : 0}, pointers));
 }
 
@@ -123,6 +124,7 @@ py::tuple conclude_arrays(const py::tuple& arrays, int64_t k, double inv_tau, do
   FloatArray scores(table), influence(table), shown(line), remainder(line);
   const Found found{ids.mutable_data(),     scores.mutable_data(), influence.mutable_data(),
                     support.mutable_data(), shown.mutable_data(),  remainder.mutable_data()};
+  const DefaultArithmetic arithmetic;
   for (int64_t q = 0; q < part.queries(); ++q) {
     const Mass mass{(WeightSum(high.data()[q]) << 64) + low.data()[q], count.data()[q]};
     conclude(*choose_instruction_set(), request, part, q, needs_mass(request, part, q) ? &mass : nullptr, all_rows, found, q);

@@ -21,17 +21,17 @@ float last_below(double level, bool or_equal) {
 void Scan::count(const double* thresholds, int count, bool or_equal, int64_t* larger) {
   thresholds_ = thresholds;
   threshold_count_ = count;
-  for (int i = 0; i < batch_.count * count; ++i) exceeded_.push_back(last_below(thresholds[i], or_equal));
+  for (int64_t i = 0; i < int64_t(batch_.count) * count; ++i) exceeded_.push_back(last_below(thresholds[i], or_equal));
   std::vector<Member> own = members(count);
   std::atomic<int64_t> next{0};
   const int64_t longest = (int64_t(1) << 31) / block_rows;  // what 32-bit counters hold
-  std::fill_n(larger, batch_.count * count, int64_t(0));
+  std::fill_n(larger, int64_t(batch_.count) * count, int64_t(0));
   while (next < gallery_.blocks()) {
     stretch(next, std::min(gallery_.blocks(), next + longest), own, next);
     for (Member& member : own) {
       for (int q = 0; q < batch_.count; ++q)
         for (int t = 0; t < count; ++t)
-          larger[q * count + t] += member.larger[size_t(t) * size_t(batch_.padded) + size_t(q)];
+          larger[int64_t(q) * count + t] += member.larger[size_t(t) * size_t(batch_.padded) + size_t(q)];
       std::fill(member.larger.begin(), member.larger.end(), 0u);
     }
   }
@@ -66,7 +66,7 @@ void Scan::decide(const Block& block, const Side& side, Member& member, int quer
   for (int t = 0; t < threshold_count_; ++t) {
     const size_t at = size_t(t) * size_t(batch_.padded) + size_t(query);
     const float lowest = canonical ? -infinity : side.low[at], highest = canonical ? infinity : side.high[at];
-    const float exceeded = exceeded_[size_t(query * threshold_count_ + t)];
+    const float exceeded = exceeded_[size_t(query) * size_t(threshold_count_) + size_t(t)];
     uint32_t larger = 0;
     for (int i = 0; i < found; ++i)
       larger += uint32_t(fast[i] >= lowest) & uint32_t(fast[i] <= highest) & uint32_t(score[i] > exceeded);

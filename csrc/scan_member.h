@@ -18,9 +18,9 @@ struct Scan::Side {
         scratch(batch.kernels.scratch_bytes(batch.gallery.storage, batch.gallery.dim)),
         threshold(size_t(batch.padded), std::numeric_limits<float>::infinity()),
         error(size_t(batch.padded), 0.0f),
-        low(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()),
-        high(size_t(thresholds * batch.padded), std::numeric_limits<float>::infinity()),
-        close_error(thresholds > 0 ? size_t(batch.padded) : 0, 0.0f) {}
+        low(size_t(thresholds) * size_t(batch.padded), std::numeric_limits<float>::infinity()),
+        high(size_t(thresholds) * size_t(batch.padded), std::numeric_limits<float>::infinity()),
+        close_error(size_t(batch.padded), 0.0f) {}
 
   const Batch* batch;
   AlignedBytes scratch;
@@ -46,7 +46,7 @@ struct Scan::Member {
   Member(const Scan& scan, int id, int thresholds)
       : id(id),
         values(scan.batch_, thresholds),
-        larger(size_t(thresholds * scan.batch_.padded), 0),
+        larger(size_t(thresholds) * size_t(scan.batch_.padded), 0),
         buffer(new Candidate[size_t(scan.batch_.padded * own_capacity)]),
         fill(size_t(scan.batch_.padded), 0) {
     if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);

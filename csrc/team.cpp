@@ -1,8 +1,8 @@
 #include "team.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <system_error>
@@ -37,7 +37,8 @@ class SignalsBlocked {
 
 // Never freed: at exit, its threads may still be asleep in it.
 std::atomic<Team*> kept{nullptr};
-std::atomic<pid_t> kept_by{0};
+// A fork copies no threads: the child has no team yet.
+[[maybe_unused]] const int forgotten_by_children = pthread_atfork(nullptr, nullptr, [] { kept = nullptr; });
 
 }  // namespace
 
@@ -126,7 +127,6 @@ void Team::attempt(int member, const std::function<void(int)>& job) {
 
 BorrowedTeam borrow_team(int threads) {
   Team* team = kept.exchange(nullptr);
-  if (team != nullptr && kept_by != getpid()) team = nullptr;  // the parent's
   if (team != nullptr && team->size() != threads) {
     delete team;
     team = nullptr;
@@ -137,7 +137,6 @@ BorrowedTeam borrow_team(int threads) {
 }
 
 void Keep::operator()(Team* team) const {
-  kept_by = getpid();
   delete kept.exchange(team);
 }
 

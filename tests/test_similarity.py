@@ -214,6 +214,12 @@ def test_many_thresholds_high_low_and_infinite() -> None:
         assert (got >= loose).all()
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_thresholds_no_counts(impl: str) -> None:
+    rows = np.ones((3, 5), np.float32)
+    assert similarity.count_larger(rows, rows, np.empty((3, 0)), impl=impl).shape == (3, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("scaled", [False, True])
@@ -273,6 +279,28 @@ def test_scale_and_offset_stand_for_a_mapped_and_normalized_gallery() -> None:
     assert_same(
         pair[1], similarity.attribute(folded, shards, k=9, scale=scale, offset=offset, impl="cpu", **SHARP)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 16, 17, 33])
+def test_values_of_which_rounding_takes_most(count: int, dtype: torch.dtype) -> None:
+    """1 + 2^-8 loses 2^-8 of it as bfloat16, 2 - 2^-8 half as much; with few dims nothing averages out."""
+    rng = np.random.default_rng(count)
+    least = 2.0**-20 if dtype == torch.float32 else 2.0**-10
+    steps = np.array([1, 3, -0.5, -1.5])[:, None] * 2.0**-8 + np.array([-least, 0, least])
+    for dim in (1, 2, 3, 7):
+        queries = rng.choice([1.0, 1 + 2.0**-8], size=(count, dim)).astype(np.float32)
+        gallery = torch.from_numpy(rng.choice(1 + steps.flatten(), size=(200, dim)).astype(np.float32)).to(
+            dtype
+        )
+        ids, scores = similarity.search(queries, gallery, k=200, impl="reference")
+        for k in (1, 10):
+            found = similarity.search(queries, gallery, k=k, impl="cpu")
+            np.testing.assert_array_equal(found[0], ids[:, :k])
+            np.testing.assert_array_equal(found[1], scores[:, :k])
+        levels = scores[:, ::7].astype(np.float64)
+        want = (scores[:, None] > levels[:, :, None]).sum(axis=2)
+        np.testing.assert_array_equal(similarity.count_larger(queries, gallery, levels, impl="cpu"), want)
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-18, 1e15, 3e18])

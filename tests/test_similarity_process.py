@@ -117,6 +117,49 @@ def test_signals_go_to_the_programs_own_threads() -> None:
     assert done.stdout.splitlines() == ["2 blocked: 1", "11 blocked: 0"], done.stderr  # SIGINT, SIGSEGV
 
 
+def test_the_callers_mode_of_arithmetic_changes_no_score() -> None:
+    """Flushed subnormal numbers would: in the calling thread, and in those that are begun meanwhile."""
+    code = """
+        import numpy as np, torch
+        from attribution import similarity
+        rng = np.random.default_rng(0)
+        gallery = (rng.standard_normal((2000, 32)) * 1e-40).astype(np.float32)
+        queries = rng.standard_normal((6, 32)).astype(np.float32)
+        scale = np.full(2000, 1e38, np.float32)
+        options = {"k": 3, "inv_tau": 5.0, "b": -0.5, "scale": scale}
+        want = similarity.attribute(queries, gallery, threads=1, **options)
+        assert want.scores.min() > 0.01
+        assert torch.set_flush_denormal(True)
+        for threads in (1, 3):
+            got = similarity.attribute(queries, gallery, threads=threads, **options)
+            assert (got.ids == want.ids).all() and (got.scores == want.scores).all(), got.scores
+            assert (got.influence == want.influence).all()
+        assert np.float32(1e-40) * np.float32(1) == 0  # the caller's mode is as it was
+        print("same")
+    """
+    done = run_python(code)
+    assert "same" in done.stdout, done.stderr
+
+
+def test_a_program_ends_though_a_daemon_thread_retrieves() -> None:
+    code = """
+        import threading, time
+        import numpy as np
+        from attribution import similarity
+        row = np.ones((1, 64), np.float32)
+        gallery = np.broadcast_to(row, (100_000, 64))
+        def retrieve():
+            while True:
+                similarity.search(row, gallery, k=3, threads=2)
+        for _ in range(2):
+            threading.Thread(target=retrieve, daemon=True).start()
+        time.sleep(0.5)
+        print("ends")
+    """
+    done = run_python(code)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("ends", "", 0)
+
+
 def test_other_python_threads_run_meanwhile() -> None:
     queries, gallery = oracle.planted(np.random.default_rng(0), 64, 20_000, 64)
     ticks, done = [], threading.Event()
