@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attribution.calibrator import Calibrator
+from attribution.calibrator import Calibrator, relaxed_loss
+from attribution.features import FeatureSet
 from attribution.mapper import Mapper
 from attribution.params import load_params
 from attribution.queries import read_exemplars, read_queries
@@ -112,3 +113,39 @@ def test_params_out_of_range_are_refused(changes: dict, message: str) -> None:
 
 def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "calibrate").queries_per_model >= 1
+
+
+def test_the_likelihood_is_that_of_all_own_exemplars_by_both_heads(
+    world: FeatureWorld, tmp_path: Path
+) -> None:
+    """Written out from features and concept ids, with heads that differ."""
+    rng = np.random.default_rng(0)
+    plain = Mapper.identity(16, "linear")
+    synth = {**plain.synth, "weight": rng.standard_normal((16, 16)).astype(np.float32)}
+    mapper = dataclasses.replace(plain, synth=synth, config={"backbone": "toy"})
+    mapper.save(tmp_path / "mapper.safetensors")
+    (tmp_path / "features").symlink_to(world.inputs["features_dir"])
+    for name in ("queries", "exemplars"):
+        (tmp_path / f"{name}.parquet").symlink_to(world.inputs[f"{name}_path"])
+    found = calibrate(FeatureWorld(tmp_path), tmp_path / "c.json")
+    exemplars = read_exemplars(world.inputs["exemplars_path"])
+    queries = sample_queries(read_queries(world.inputs["queries_path"], exemplars, split="val"), PARAMS)
+    real, asked, others = (
+        FeatureSet.open(world.inputs["features_dir"] / name)
+        for name in ("exemplars", "queries", "distractors")
+    )
+    gallery = np.concatenate([real.select(exemplars.image_ids), others.vectors()])
+    scores = mapper.map_synth(asked.select(queries.image_ids)) @ mapper.map_real(gallery).T
+    own = queries.concept_ids[:, None] == exemplars.concept_ids[None]
+    assert own.sum(axis=1).max() > 1
+    for when in ("before", "after"):
+        loss, _ = relaxed_loss(scores, own, found[when]["inv_tau"], found[when]["b"])
+        assert found[when]["log_likelihood"] == pytest.approx(-loss.mean(), rel=1e-4)
+
+
+def test_sampled_queries_are_not_the_first_of_their_model(world: FeatureWorld) -> None:
+    """Those come by prompt kind: the first ones would be of one kind alone."""
+    exemplars = read_exemplars(world.inputs["exemplars_path"])
+    queries = read_queries(world.inputs["queries_path"], exemplars, split="val")
+    some = sample_queries(queries, dataclasses.replace(PARAMS, queries_per_model=2))
+    assert {image_id.rpartition("q")[2] for image_id in some.image_ids.tolist()} == {"0", "1", "2", "3"}

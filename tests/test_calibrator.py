@@ -196,3 +196,22 @@ def test_reach_of_the_released_calibrator() -> None:
 def test_a_missing_calibrator_is_named_with_what_makes_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"clip\.json: no such file; run: dvc repro calibrate$"):
         Calibrator.load(tmp_path / "clip.json")
+
+
+@pytest.mark.parametrize("b", [-0.85, -0.99])
+def test_own_exemplars_far_below_the_best_have_a_finite_loss(b: float) -> None:
+    """Their t is 1e-39 and less, which float32 holds badly or not at all."""
+    scores = np.array([[-0.5, 0.9, 0.2], [-0.4, 0.8, 0.1]])
+    own = np.array([[True, False, False]] * 2)
+    wide, wide_slope = relaxed_loss(scores, own, 60.0, b)
+    narrow, narrow_slope = relaxed_loss(scores.astype(np.float32), own, 60.0, b)
+    np.testing.assert_allclose(narrow, wide, rtol=1e-5)
+    np.testing.assert_allclose(narrow_slope, wide_slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("start", [Calibrator(1.0, 0.0), Calibrator(0.01, -0.9), Calibrator(1e5, -0.999)])
+def test_fit_does_not_depend_on_where_it_starts(start: Calibrator) -> None:
+    scores, own = planted(20.0, 300, 30)
+    found, wanted = fit(scores, own, start=start), fit(scores, own, start=Calibrator(20.0, -0.001))
+    losses = [relaxed_loss(scores, own, one.inv_tau, one.b)[0].mean() for one in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -13,14 +14,18 @@ from PIL import Image
 
 from attribution import gallery
 from attribution.calibrator import Calibrator
+from attribution.evaluation import GAINS, Vectors, rank
 from attribution.features import FeatureSet
 from attribution.mapper import Mapper, whitening
 from attribution.params import load_params
 from attribution.queries import read_exemplars, read_queries
+from attribution.ranking import chance_average_precision
+from attribution.reliability import influence_due, reliability
 from stages import evaluate as stage
-from stages.evaluate import Params, run
+from stages.evaluate import Params, draw_places, run
 from stages.page import choose_queries, read_pictures
 from tests.feature_world import FeatureWorld, make_world
+from tests.test_known_answer import single_exemplars
 
 PARAMS = Params(
     recall_at=(1, 5, 10, 100),
@@ -299,3 +304,107 @@ def test_params_out_of_range_are_refused(changes: dict, message: str) -> None:
 
 def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "evaluate").recall_at == (1, 5, 10, 100)
+
+
+def test_gains_are_the_first_less_the_second_in_every_cell(done: Evaluated) -> None:
+    gains = []
+    for tables in (done.metrics, done.metrics["hard_gallery"]):
+        for kind in ("object", "style"):
+            cell = tables[kind]["all"]
+            for variant, others in GAINS.items():
+                for other in others:
+                    for name in ("recall_at_10", "mean_average_precision"):
+                        gain = cell[f"{variant}_minus_{other}"][name]
+                        assert gain == pytest.approx(cell[variant][name] - cell[other][name], abs=2e-6)
+                        gains.append(gain)
+    assert np.abs(gains).max() > 0.01
+
+
+def test_the_control_of_own_kind_is_read_from_the_permuted_file(done: Evaluated) -> None:
+    """Neither kind has a permuted mapper of its own here: both take the main one, the identity."""
+    for tables in (done.metrics, done.metrics["hard_gallery"]):
+        for kind in ("object", "style"):
+            cell = tables[kind]["all"]
+            assert cell["own_kind_permuted"] == cell["permuted"] == cell["raw"]
+        assert tables["object"]["all"]["own_kind"] != tables["object"]["all"]["own_kind_permuted"]
+
+
+def test_chance_knows_how_many_exemplars_a_query_has(done: Evaluated) -> None:
+    exemplars = read_exemplars(done.world.inputs["exemplars_path"])
+    queries = read_queries(done.world.inputs["queries_path"], exemplars, split="test", kinds=("style",))
+    for tables, size in (
+        (done.metrics, queries.sizes + 200),
+        (done.metrics["hard_gallery"], np.full(len(queries), 200 + len(exemplars.image_ids))),
+    ):
+        chance = chance_average_precision(queries.sizes, size).mean()
+        found = tables["style"]["all"]["chance"]["mean_average_precision"]
+        assert found == pytest.approx(chance, abs=2e-6)
+
+
+def test_calibration_is_told_of_either_calibrator(done: Evaluated) -> None:
+    exemplars = read_exemplars(done.world.inputs["exemplars_path"])
+    queries = read_queries(done.world.inputs["queries_path"], exemplars, split="test")
+    real, asked, others = (
+        FeatureSet.open(done.world.inputs["features_dir"] / name)
+        for name in ("exemplars", "queries", "distractors")
+    )
+    mapper = Mapper.load(done.world.root / "mapper" / "mapper.safetensors")
+    gallery = mapper.map_real(np.concatenate([real.select(exemplars.image_ids), others.vectors()]))
+    scores = mapper.map_synth(asked.select(queries.image_ids)) @ gallery.T
+    best = np.argsort(-scores, axis=1)[:, :12]
+    for name, calibrator in (("before", Calibrator(1.0, 0.0)), ("after", Calibrator(20.0, -0.05))):
+        influence = calibrator.influence(scores.astype(np.float64))
+        shown = np.take_along_axis(influence, best, axis=1)
+        found = done.metrics["calibration"][name]
+        error = reliability(shown, influence_due(best, queries.own)).error
+        assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-4)
+        assert found["support"] == pytest.approx((influence > 0).sum(axis=1).mean(), abs=0.1)
+        assert found["remainder"] == pytest.approx(1 - shown.sum(axis=1).mean(), abs=1e-4)
+
+
+def test_the_table_of_recall_is_that_of_the_metrics(done: Evaluated) -> None:
+    with (done.folder / "recall_at_k.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for kind in ("object", "style"):
+            cell = done.metrics[kind]["all"]
+            for variant in ("raw", "mapped", "whitening", "permuted", "own_kind", "chance", "ceiling"):
+                wanted = cell[variant][f"recall_at_{row['k']}"]
+                assert float(row[f"{kind}_{variant}"]) == pytest.approx(wanted, abs=2e-6), (kind, variant)
+
+
+def test_the_chart_of_gallery_sizes_ends_at_the_recall_of_the_whole(
+    done: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    real = stage.plot_curves
+
+    def watched(path: Path, panels: dict, **options: str) -> None:
+        drawn[options["x_label"]] = panels
+        real(path, panels, **options)
+
+    monkeypatch.setattr(stage, "plot_curves", watched)
+    metrics = evaluate(done.world, tmp_path).metrics
+    for kind, curves in drawn["distractors"].items():
+        for variant, one in curves.items():
+            assert list(one.x) == [50, 100, 200]
+            assert list(one.y) == sorted(one.y, reverse=True)  # more rivals find no more
+            assert one.y[-1] == pytest.approx(metrics[kind]["all"][variant]["recall_at_10"], abs=1e-6)
+
+
+def test_a_smaller_gallery_is_the_distractors_in_the_first_places() -> None:
+    rng = np.random.default_rng(0)
+    queries, own, distractors = (rng.standard_normal((rows, 3)).astype(np.float32) for rows in (40, 40, 30))
+    for size in (1, 10, 29):
+        asked = single_exemplars(len(queries))
+        found = rank(Vectors(queries, own, distractors), asked, [size, 30]).by_size[size]
+        alone = rank(Vectors(queries, own, distractors[:size]), asked, []).own
+        assert found.tolist() == alone.tolist()
+
+
+def test_places_are_drawn_at_random() -> None:
+    """Distractors often lie sorted, by folder or by tar: the first of them are not like the whole."""
+    places = draw_places(10_000, seed=0)
+    assert sorted(places.tolist()) == list(range(10_000))
+    assert not np.array_equal(places, draw_places(10_000, seed=1))
+    assert 0.08 < (places[:1000] < 1000).mean() < 0.12

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from attribution import lessons
 from attribution.base_model import BaseSettings, load_base
@@ -176,3 +177,118 @@ def test_an_unknown_prediction_type_is_named(tmp_path: Path) -> None:
     pipe.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="wanted prediction_type epsilon or v_prediction, got sample"):
         train(pipe, [lesson("one")], SETTINGS[METHOD], method=METHOD, seed=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_that_of_diffusers_written_out(
+    pipes: dict[str, StableDiffusionPipeline], monkeypatch: pytest.MonkeyPatch, prediction: str, method: str
+) -> None:
+    """Of the first step, where every model is its base and the token is its initializer."""
+    pipe, draw = pipes[prediction], lessons._draw
+    batches: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        batches.append(draw(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(lessons, "_draw", watched)
+    both = [lesson("one"), lesson("two", noun="tree", initializer="red")]
+    settings = training_settings(method, steps=1, views_per_step=4, priors_per_step=3, prior_weight=0.7)
+    some_hidden = 0
+    _, losses = train(pipe, both, settings, method=method, seed=0)
+    (batch,) = batches
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    for i, one in enumerate(both):
+        views = batch.views[i].tolist()
+        told = [one.prompts[view].replace("<new1>", one.initializer) for view in views]
+        ids = pipe.tokenizer(
+            [*told, *[one.prior_prompt] * 3], padding="max_length", max_length=16, return_tensors="pt"
+        ).input_ids
+        latents, noise, times = batch.latents[i], batch.noise[i], batch.timesteps[i]
+        assert torch.equal(latents[:4], one.latents[views])
+        assert all((latent == one.prior_latents).flatten(1).all(dim=1).any() for latent in latents[4:])
+        with torch.no_grad():
+            noisy = schedule.add_noise(latents, noise, times)
+            said = pipe.unet(noisy, times, encoder_hidden_states=pipe.text_encoder(ids)[0]).sample
+        target = noise if prediction == "epsilon" else schedule.get_velocity(latents, noise, times)
+        some_hidden += not one.valid[views].all()
+        shown = [*one.valid[views], *torch.ones(3, 4, 4, dtype=torch.bool)]
+        errors = [float(e[:, cells].mean()) for e, cells in zip((said - target) ** 2, shown, strict=True)]
+        wanted = np.mean(errors[:4]) + 0.7 * np.mean(errors[4:])
+        assert losses[0, i] == pytest.approx(wanted, rel=1e-3)
+    assert some_hidden  # else the mask would not have been asked for
+
+
+def test_every_step_and_concept_draws_its_own_views_times_and_noise(pipe: StableDiffusionPipeline) -> None:
+    both, settings = [lesson("one"), lesson("two")], training_settings(METHOD)
+    batches = [lessons._draw(pipe, both, settings, 0, step) for step in range(60)]
+    times = torch.stack([batch.timesteps for batch in batches]).float()
+    last = pipe.scheduler.config.num_train_timesteps - 1
+    assert times.min() < 0.05 * last
+    assert times.max() > 0.95 * last
+    assert times.mean() == pytest.approx(last / 2, rel=0.1)
+    assert set(torch.stack([batch.views for batch in batches]).flatten().tolist()) == set(range(5))
+    for i, one in enumerate(both):
+        used = torch.cat([batch.latents[i, 2:] for batch in batches])
+        near = torch.cdist(used.flatten(1), one.prior_latents.flatten(1)).argmin(dim=1)
+        assert set(near.tolist()) == {0, 1, 2}
+    noise = torch.stack([batch.noise for batch in batches]).flatten(0, 2).flatten(1)
+    assert (torch.pdist(noise) > 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_step_is_adamws(pipe: StableDiffusionPipeline, method: str) -> None:
+    """Each entry with a gradient moves by its rate, and decays by rate x decay x value besides."""
+    rates = {"token_learning_rate": 3e-2} | ({} if method == "textual_inversion" else {"learning_rate": 2e-3})
+    found = {}
+    for decay in (0.0, 0.5):
+        settings = training_settings(method, steps=1, weight_decay=decay, **rates)
+        stack, _ = train(pipe, [lesson("one")], settings, method=method, seed=0)
+        found[decay] = {"token": stack.vectors, **stack.weights}
+    still = {name: 0.0 for name in rates}
+    stack, _ = train(
+        pipe, [lesson("one")], training_settings(method, steps=1, **still), method=method, seed=0
+    )
+    for name, start in {"token": stack.vectors, **stack.weights}.items():
+        rate = 3e-2 if name == "token" else 2e-3
+        moved = found[0.0][name] - start
+        # LoRA's A has no gradient as long as B is zero.
+        wanted = 0.0 if name.endswith("lora_A.weight") else rate
+        assert moved.abs().max() == pytest.approx(wanted, rel=0.01), name
+        decayed = found[0.5][name] - found[0.0][name]
+        torch.testing.assert_close(decayed, -rate * 0.5 * start, rtol=0.01, atol=1e-6)
+
+
+def test_gradients_are_of_one_step_alone(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same batch again, with rates of zero, has the same gradients again."""
+    draw: Any = lessons._draw
+    seen: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(lessons, "_draw", lambda *args: draw(*args[:-1], 0))
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args: Any, **options: Any) -> Any:
+            seen.append([one.grad.clone() for group in self.param_groups for one in group["params"]])
+            return super().step(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    settings = training_settings(METHOD, steps=2, learning_rate=0.0, token_learning_rate=0.0)
+    train(pipe, [lesson("one")], settings, method=METHOD, seed=0)
+    for first, second in zip(*seen, strict=True):
+        torch.testing.assert_close(second, first)
+
+
+def test_lora_starts_with_the_deviation_of_peft_and_apart_for_each_concept(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    settings = training_settings("lora", rank=8)
+    start = METHODS["lora"].start(pipe.unet, [1, 2], settings)
+    drawn = {name: weight for name, weight in start.items() if name.endswith("lora_A.weight")}
+    assert torch.cat([one.flatten() for one in drawn.values()]).std() == pytest.approx(1 / 8, rel=0.05)
+    assert all((one[0] - one[1]).abs().max() > 0.01 for one in drawn.values())
+    still = training_settings("lora", steps=1, learning_rate=0.0, token_learning_rate=0.0)
+    stack, _ = train(pipe, [lesson("one"), lesson("two")], still, method="lora", seed=0)
+    for name in drawn:
+        assert (stack.weights[name][0] - stack.weights[name][1]).abs().max() > 0.01

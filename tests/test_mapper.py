@@ -152,3 +152,25 @@ def test_mappers_of_one_kind_are_stored_beside_the_main_one(tmp_path: Path) -> N
     assert np.array_equal(found.map_synth(x), style.map_synth(x))
     # A kind without its own is served by the main one.
     assert np.array_equal(Mapper.load(tmp_path / "m", own_kind="object").map_real(x), main.map_real(x))
+
+
+def test_whitening_turns_nothing() -> None:
+    """A root that is symmetric and positive: both sides stay in the axes they share."""
+    mix = np.eye(6, dtype=np.float32) + 0.3 * features(6, 6, seed=3)
+    mapper = whitening(features(3000, seed=1) @ mix, features(3000, seed=2) @ mix.T, shrinkage=0.01)
+    for head in (mapper.real, mapper.synth):
+        np.testing.assert_allclose(head["weight"], head["weight"].T, atol=1e-5)
+        assert np.linalg.eigvalsh(head["weight"].astype(np.float64)).min() > 0
+
+
+def test_shrinkage_is_relative_to_the_features() -> None:
+    real, synth = features(500, seed=1), features(500, seed=2)
+    here, there = whitening(real, synth, shrinkage=0.5), whitening(10 * real, 10 * synth, shrinkage=0.5)
+    np.testing.assert_allclose(there.map_real(10 * real), here.map_real(real), atol=1e-4)
+    np.testing.assert_allclose(there.real["weight"], here.real["weight"], rtol=1e-3, atol=1e-4)
+    few = features(500, seed=1) * np.linspace(0.1, 3, 6, dtype=np.float32)
+    covariance = np.cov(few.T, bias=True)
+    level = np.trace(covariance) / 6
+    wanted = np.linalg.inv(covariance / level + 0.5 * np.eye(6))
+    weight = whitening(few, few, shrinkage=0.5).real["weight"].astype(np.float64)
+    np.testing.assert_allclose(weight @ weight, wanted, rtol=1e-3, atol=1e-4)

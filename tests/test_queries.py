@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from attribution.queries import open_features, read_exemplars, read_queries
+from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from tests.feature_world import make_world, write_vectors
 
 
@@ -101,3 +101,9 @@ def test_features_of_another_space_are_refused(tmp_path: Path) -> None:
         open_features(world.inputs["features_dir"], "toy")
     with pytest.raises(ValueError, match="wanted features of clip, got those of toy"):
         open_features(world.inputs["features_dir"], "clip")
+
+
+def test_the_first_exemplar_of_the_table_counts() -> None:
+    plain = np.array(["a", "b"])
+    queries = Queries(plain, plain, plain, np.ones(2, bool), plain, own=np.array([[0, 1, -1], [2, -1, -1]]))
+    assert queries.sizes.tolist() == [2, 1]

@@ -154,3 +154,10 @@ def test_interval_weighs_models_by_their_queries() -> None:
     assert (low[0], high[0]) == (0.0, 1.0)
     with pytest.raises(ValueError, match="at least 2 customized models to resample, got 1"):
         bootstrap_interval(values, np.array(["a"] * 4), resamples=10, seed=0)
+
+
+def test_a_resample_is_a_mean_over_queries_not_over_models() -> None:
+    """Of the draws aa, ab, bb the middle one is ab, in which the four queries count alike: 3/4, not 1/2."""
+    values, models = np.array([[1.0], [1.0], [1.0], [0.0]]), np.array(["a", "a", "a", "b"])
+    middle, _ = bootstrap_interval(values, models, resamples=500, seed=0, level=0.0)
+    assert middle[0] == pytest.approx(0.75)

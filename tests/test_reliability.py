@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attribution.reliability import influence_due, reliability
+from attribution.reliability import BIN_ENDS, influence_due, reliability
 
 
 def test_influence_that_comes_true_has_no_error() -> None:
@@ -46,3 +46,14 @@ def test_sums_are_whole() -> None:
 def test_due_is_shared_among_a_querys_exemplars() -> None:
     due = influence_due(np.array([[4, 2, 7], [2, 4, -1]]), np.array([[7, 4, 9, 1], [5, -1, -1, -1]]))
     assert due.tolist() == [[0.25, 0.0, 0.25], [0.0, 0.0, 0.0]]
+
+
+def test_each_influence_is_in_the_bin_that_it_ends_or_lies_in() -> None:
+    """Claims and dues of an item go to one bin, the ends of the bins and the least influence included."""
+    for place, end in enumerate(BIN_ENDS):
+        for influence in (end, 0.9 * end):
+            found = reliability(np.array([[influence]]), np.array([[1.0]]))
+            assert np.flatnonzero(found.claimed[:-1]).tolist() == [place]
+            assert found.claimed[place] == pytest.approx(influence)
+            assert found.due[place] == found.items[place] == 1
+            assert found.error == pytest.approx(1 - influence)

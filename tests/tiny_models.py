@@ -27,7 +27,7 @@ def training_settings(method: str, **changes: object) -> TrainingSettings:
         "prior_weight": 1.0,
         **changes,
     }
-    return LoraSettings(**values, rank=2) if method == "lora" else TrainingSettings(**values)
+    return LoraSettings(**{"rank": 2, **values}) if method == "lora" else TrainingSettings(**values)
 
 
 def method_settings(**changes: object) -> MethodSettings:
