@@ -15,6 +15,7 @@ from PIL import Image
 from attribution.backbones import Backbone, BackboneSettings, Preprocessing, load_backbone, write_backbone
 from attribution.features import LENGTH_ONE
 from attribution.images import ImageError
+from attribution.params import load_params
 
 RNG = np.random.default_rng(11)
 PREPROCESS = {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 1], "interpolation": "bicubic"}
@@ -373,3 +374,16 @@ def test_a_picture_of_extreme_shape_is_refused_not_blown_up() -> None:
     preprocessing = Preprocessing("shortest", 224, 224, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with pytest.raises(ImageError, match="1 x 30000 pixels: sides too unequal"):
         preprocessing.pixels([Image.new("RGB", (1, 30000))])
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", ["ssl", "supervised", "clip"])
+def test_a_vector_does_not_depend_on_what_is_encoded_with_it(name: str) -> None:
+    """The shipped ResNets normalize by batch while they train; the nets of the other tests never do."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 80 * i + 15, (64, 64, 3), dtype=np.uint8)) for i in range(1, 4)]
+    backbone = load_backbone(name, load_params(BackboneSettings, f"featurize.settings.{name}"), root=ROOT)
+    together, alone = backbone.encode(images), np.concatenate([backbone.encode([one]) for one in images])
+    np.testing.assert_allclose(together, alone, atol=1e-4 * np.abs(alone).max())

@@ -1,32 +1,43 @@
-"""The gates' arithmetic by hand, and the shipped base model held to its own report."""
+"""The gates: arithmetic by hand, what is compared with what, and the shipped base model held to its report."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from attribution.backbones import BackboneSettings
+from attribution.backbones import Backbone, BackboneSettings
 from attribution.base_model import BaseSettings
+from attribution.concepts import Concept, Exemplar
+from attribution.features import Space
 from attribution.params import load_params
+from attribution.preprocessing import Preprocessing
 from miniworld.draw import render
-from miniworld.readings import true_readings
+from miniworld.readings import READINGS, true_readings
+from stages import gate, gate_customized
 from stages.gate import (
     Params,
     draw_scenes,
     prompt,
     read_pictures,
     reading_report,
+    run,
     sample_base,
     sample_grid,
     wilson,
 )
-from stages.gate_customized import own_nearer
+from stages.gate_customized import Drawn, compare, control_samples, own_nearer, read_synthesized
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ROOT / "data/backbones/supervised/heads.safetensors"
+BASE = BaseSettings("none", None, "cpu", "float32")
+CLASSIFIER = load_params(BackboneSettings, "featurize.settings.supervised")
+SMALL = replace(load_params(Params, "gate"), prompts=96, wanted={"noun": 0.8, "color": 0.7})
 
 
 def test_wilson_interval_of_half() -> None:
@@ -124,3 +135,139 @@ def test_gate_of_customization_is_passed() -> None:
     space = found["spaces"][found["judge"]]
     assert space["customized"]["share"] >= found["wanted"]
     assert space["base"]["share"] < found["wanted"]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.9, 20), (0.05, 100)])
+def test_wilson_interval_is_where_the_score_test_rejects(share: float, count: int) -> None:
+    for end in wilson(share, count):
+        assert abs(share - end) / np.sqrt(end * (1 - end) / count) == pytest.approx(1.959964)
+
+
+@pytest.mark.parametrize(("wrong", "passed"), [((), True), (("color",), False), (("noun",), False)])
+def test_the_gate_reads_samples_and_passes_where_all_are_as_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, ...], passed: bool
+) -> None:
+    """Pictures of the base are black here, renderings are not: the classifier is told which is which."""
+    truth = [true_readings(scene) for scene in draw_scenes(SMALL)]
+
+    def read(pictures: np.ndarray, *_: Any, **__: Any) -> dict[str, np.ndarray]:
+        right = {name: np.array([one[name] for one in truth]) for name in READINGS}
+        sampled = not pictures.any()
+        return {
+            name: (found + 1) % len(READINGS[name]) if sampled and name in wrong else found
+            for name, found in right.items()
+        }
+
+    monkeypatch.setattr(gate, "read_pictures", read)
+    monkeypatch.setattr(gate, "sample_base", lambda *_, **__: np.zeros((96, 64, 64, 3), np.uint8))
+    run(
+        SMALL, BASE, CLASSIFIER,
+        heads=tmp_path, metrics=tmp_path / "gate.json", grid=tmp_path / "grid.png", root=tmp_path,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "gate.json").read_text())
+    assert found["passed"] == passed
+    for name in gate.READ:
+        assert found["readings"][name]["share"] == (0 if name in wrong else 1)
+        assert found["readings"][name]["rendered"] == 1
+
+
+def test_each_prompt_is_sampled_from_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(gate, "load_base", lambda base: None)
+    monkeypatch.setattr(gate, "base_stack", lambda *_: None)
+    monkeypatch.setattr(gate, "draw_latents", lambda pipe, stack, drawings, *_, **__: told.extend(drawings))
+    monkeypatch.setattr(gate, "decode_latents", lambda *_: np.zeros(0))
+    sample_base(BASE, ["a", "b", "b"], SMALL.sampler, seed=0, images_per_batch=2)
+    assert [one.prompt for one in told] == ["a", "b", "b"]
+    assert len({one.seed for one in told}) == 3
+
+
+def test_equally_near_is_not_nearer() -> None:
+    exemplars = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    share, _ = own_nearer(np.array([[1.0, 0.0]]), np.array([0]), exemplars, np.array(["a", "a", "a"]))
+    assert share[0] == 0.5
+
+
+def pictured(value: int) -> Image.Image:
+    return Image.fromarray(np.full((4, 4, 3), value, np.uint8))
+
+
+def test_the_control_is_of_the_same_concepts_without_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = replace(load_params(gate_customized.Params, "gate_customized"), control_prompts=5)
+    told: list[str] = []
+
+    def sample(base: Any, prompts: list[str], *_: Any, **__: Any) -> np.ndarray:
+        told.extend(prompts)
+        return np.zeros((len(prompts), 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(gate_customized, "sample_base", sample)
+    prompts = [f"a photo of <new1> thing{i}" for i in range(40)]
+    found = control_samples(params, BASE, Drawn(np.arange(40) + 100, prompts, [pictured(0)] * 40))
+    assert found.prompts == told
+    assert told == [f"a photo of thing{one - 100}" for one in found.concepts.tolist()]
+    assert len(set(told)) == 5
+
+
+def concept(name: str) -> Concept:
+    return Concept(name, "object", "car", "test", True, (Exemplar(name, b"", {}),))
+
+
+def test_intervals_of_the_gate_are_by_concept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten images of each concept that agree say no more than one."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((12, 3)).astype(np.float32)
+    plain = Preprocessing("squash", 4, 4, "box", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    space = Space("toy", "1", "none", 3, "float32")
+    backbone = Backbone(space, plain, 8, lambda pixels: vectors[pixels[:, 0, 0, 0]])
+    monkeypatch.setattr(gate_customized, "decode_image", lambda data, name: pictured(int(name)))
+    params = load_params(gate_customized.Params, "gate_customized")
+    concepts = [concept(str(i)) for i in range(12)]
+    asked, own = [pictured(i) for i in rng.integers(0, 12, 12).tolist()], np.arange(12)
+    once = compare(params, backbone, Drawn(own, [""] * 12, asked), concepts)
+    often = compare(params, backbone, Drawn(np.tile(own, 10), [""] * 120, asked * 10), concepts)
+    assert often["images"] == 120
+    for name in ("share", "interval_low", "interval_high", "margin"):
+        assert often[name] == pytest.approx(once[name], abs=1e-6)
+
+
+def test_synthesized_images_are_known_by_their_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"image_id": f"{name}{i}", "concept_id": name, "prompt": f"{name} {i}"}
+        for name in "abc"
+        for i in range(2)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "queries.parquet")
+    tables = {Path("one"): ["c1", "a0", "x0"], Path("two"): ["b0", "b1", "c0", "a1"]}
+    monkeypatch.setattr(
+        gate_customized, "iterate_images", lambda table: [[(one, pictured(0)) for one in tables[table]]]
+    )
+    concepts = [concept("b"), concept("a")]
+    found = read_synthesized(tmp_path / "queries.parquet", list(tables), concepts)
+    assert found.prompts == ["a 0", "b 0", "b 1", "a 1"]
+    assert found.concepts.tolist() == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("customized", "base", "passed"),
+    [(0.8, 0.5, True), (0.6, 0.5, False), (0.9, 0.85, False), (0.7, 0.7, False)],
+)
+def test_customization_passes_where_the_base_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, customized: float, base: float, passed: bool
+) -> None:
+    params = replace(load_params(gate_customized.Params, "gate_customized"), wanted=0.7)
+    drawn, control = (Drawn(np.arange(1), [""], [pictured(0)]) for _ in range(2))
+    for name, value in {
+        "read_concepts": lambda path: [],
+        "read_synthesized": lambda *_: drawn,
+        "control_samples": lambda *_: control,
+        "load_backbone": lambda *_, **__: None,
+        "compare": lambda params, backbone, one, concepts: {"share": customized if one is drawn else base},
+        "sample_page": lambda *_, **__: pictured(0),
+    }.items():
+        monkeypatch.setattr(gate_customized, name, value)
+    gate_customized.run(
+        params, BASE, dict.fromkeys(params.backbones, CLASSIFIER),
+        exemplars=tmp_path, queries=tmp_path, tables=[], metrics=tmp_path / "m.json", page=tmp_path / "p.png",
+        root=tmp_path,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "m.json").read_text())["passed"] == passed

@@ -704,3 +704,17 @@ def test_the_guide_names_what_exists(tmp_path: Path) -> None:
     assert row.ready_distractors is not None
     check_model("clip", row, row.ready_distractors.model)
     assert {*re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE)} == {*get_args(intake.Reason)}
+
+
+def test_an_object_that_is_called_as_styles_are_makes_no_style_seen(tmp_path: Path) -> None:
+    """A style's group is art where none is named; an object may be art, too."""
+    make_distractors(tmp_path)
+    lines = ["concept,kind,noun,path,split"]
+    for number, (kind, split) in enumerate(
+        [("object", "train"), ("object", "val"), ("object", "test"), ("style", "test")]
+    ):
+        write(tmp_path / "own" / f"{number}.png", picture(number))
+        lines.append(f"c{number},{kind},art,{number}.png,{split}")
+    write(tmp_path / "own" / "table.csv", "\n".join(lines).encode())
+    bring_in(tmp_path, exemplars="own/table.csv")
+    assert [row["seen"] for row in exemplars(tmp_path)] == [True, True, True, False]

@@ -15,8 +15,8 @@ import pytest
 
 from attribution.backbones import BackboneSettings
 from attribution.captions import describe
-from attribution.clip_retrieval import link_features, said_missing
-from attribution.features import LENGTH_ONE, FeatureSet, Space, check_same_space
+from attribution.clip_retrieval import _check_values, link_features, said_missing
+from attribution.features import LENGTH_ONE, FeatureSet, Space, check_same_space, length_one
 from attribution.files import sha256_bytes
 from attribution.same_model import check_model
 from stages import import_features
@@ -271,3 +271,15 @@ def test_the_model_said_to_have_made_them_is_the_backbones(
     else:
         with pytest.raises(ValueError, match=f"clip: .*{wanted}"):
             check_model("clip", settings, made_by)
+
+
+def test_pictures_are_the_same_by_their_cosine_whatever_the_lengths(tmp_path: Path) -> None:
+    """Dot products of vectors that are not of length 1 would leave out nearly all of them, or none."""
+    rng = np.random.default_rng(0)
+    for unit in (0.01, 10.0):
+        vectors = (unit * rng.standard_normal((50, 16))).astype(np.float32)
+        np.save(tmp_path / "v.npy", vectors)
+        array = np.load(tmp_path / "v.npy", mmap_mode="r")
+        space = Space("toy", "1", "none", 16, "float32")
+        _, same = _check_values(tmp_path / "v.npy", array, space, length_one(7 * vectors[[3, 20]]))
+        assert np.flatnonzero(same).tolist() == [3, 20]

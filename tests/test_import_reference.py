@@ -17,10 +17,18 @@ from attribution.calibrator import Calibrator
 from attribution.features import FeatureSet
 from attribution.mapper import Mapper
 from attribution.params import load_params
-from attribution.released import load_checkpoint, read_calibrator
+from attribution.queries import Queries
+from attribution.ranking import bootstrap_interval, chance_average_precision, recall_at
+from attribution.released import (
+    ReleasedFeatures,
+    ReleasedModel,
+    _check_models,
+    load_checkpoint,
+    read_calibrator,
+)
 from attribution.similarity import attribute
 from stages import evaluate_reference
-from stages.evaluate_reference import Params
+from stages.evaluate_reference import Params, tabulate
 from stages.import_reference import run
 
 DIM = 12
@@ -487,3 +495,37 @@ def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "evaluate_reference").recall_at == (5, 10, 100)
     with pytest.raises(ValueError, match="wanted 1 or more"):
         dataclasses.replace(PARAMS, block_rows=0)
+
+
+def test_chance_and_intervals_are_those_of_sizes_and_models() -> None:
+    rng = np.random.default_rng(0)
+    models, plain = np.repeat(["a", "b", "c", "d", "e"], 20), np.array(["x"] * 100)
+    own = np.where(np.arange(3) < np.repeat([1, 2, 3, 3, 1], 20)[:, None], np.arange(3), -1)
+    queries = Queries(np.arange(100).astype(str), models, plain, np.ones(100, bool), plain, own)
+    level = np.repeat([3, 40, 9, 12, 80], 20)[:, None]
+    ranks = np.sort(
+        np.where(own < 0, np.iinfo(np.int64).max, rng.integers(1, level, (100, 3)) + np.arange(3))
+    )
+    params = Params(recall_at=(10,), block_rows=8, resamples=300, seed=5)
+    found = tabulate(params, {"raw": ranks}, queries, 200)
+    chance = chance_average_precision(queries.sizes, queries.sizes + 200).mean()
+    assert found["chance"]["mean_average_precision"] == pytest.approx(chance)
+    low, high = bootstrap_interval(recall_at(ranks, 10)[:, None], models, resamples=300, seed=5)
+    assert found["raw"]["recall_at_10_interval"] == pytest.approx([low[0], high[0]])
+
+
+def test_images_of_another_model_are_refused_though_there_are_as_many() -> None:
+    models = [
+        ReleasedModel((f"{i}.png",), {"media": (f"{i}a.png", f"{i}b.png")}, str(i), None) for i in range(2)
+    ]
+    some = np.zeros((2, 3), np.float32)
+
+    def features(paths: list[str]) -> ReleasedFeatures:
+        return ReleasedFeatures(
+            ["0.png", "1.png"], some, np.array([[0, 1], [1, 2]]), {"media": paths},
+            {"media": np.array([0, 0, 1, 1])}, {"media": np.zeros((4, 3), np.float32)},
+        )  # fmt: skip
+
+    _check_models(Path("list"), features(["0b.png", "0a.png", "1a.png", "1b.png"]), models)
+    with pytest.raises(ValueError, match="model 0: other media images than in the test list"):
+        _check_models(Path("list"), features(["0a.png", "1a.png", "0b.png", "1b.png"]), models)

@@ -292,3 +292,9 @@ def test_lora_starts_with_the_deviation_of_peft_and_apart_for_each_concept(
     stack, _ = train(pipe, [lesson("one"), lesson("two")], still, method="lora", seed=0)
     for name in drawn:
         assert (stack.weights[name][0] - stack.weights[name][1]).abs().max() > 0.01
+
+
+def test_dreambooth_trains_every_parameter_of_the_unet(pipe: StableDiffusionPipeline) -> None:
+    """Norms too, which the tiny base has at the values that a missing weight would get."""
+    start = METHODS["dreambooth"].start(pipe.unet, [0], training_settings("dreambooth"))
+    assert start.keys() == dict(pipe.unet.named_parameters()).keys()

@@ -17,6 +17,7 @@ from miniworld.scene import (
     COLORS,
     MEDIA,
     TEXTURES,
+    Pose,
     Scene,
     draw_artist,
     draw_instance,
@@ -166,3 +167,13 @@ def test_readings_are_indices_of_the_truth() -> None:
     assert READINGS["noun"][truth["noun"]] == "fish"
     assert READINGS["medium"][truth["medium"]] == "woodcut"
     assert READINGS["color"][truth["color"]] == scene.instance.color
+
+
+def test_exemplars_of_objects_are_plain_photos_in_an_ordinary_pose() -> None:
+    """An ink drawing would show neither colour nor texture of the one it is of."""
+    few = OBJECTS.__class__(60, 2, 4, 3)
+    concepts = list(draw_concepts(1, few, STYLES, fresh_every=3))
+    objects = [one.scenes[0] for one in concepts if one.kind == "object"]
+    assert {(scene.artist.medium, scene.artist.tone) for scene in objects} == {("photo", None)}
+    poses: list[Pose] = [scene.pose for one in concepts for scene in one.scenes]
+    assert all(0.64 <= pose.size <= 0.80 for pose in poses)

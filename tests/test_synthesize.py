@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from attribution.base_model import BaseSettings
-from attribution.concepts import read_concepts
+from attribution.concepts import Concept, read_concepts
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
 from attribution.customization import METHODS
 from attribution.customized_model import TOKEN_FILE
@@ -454,3 +454,29 @@ def test_images_that_memory_does_not_hold_are_drawn_in_smaller_batches(
             )
         )
         assert np.abs(np.subtract(few, many)).mean() < 0.5
+
+
+def test_prompts_are_drawn_for_each_concept_alone() -> None:
+    """Where there are more prompts than are asked, concepts get others, and in the end all are used."""
+    told = {
+        "train": [f"{place} {{token}} {{noun}}" for place in "abcdefgh"],
+        "test": ["x {token}", "y {token}"],
+    }
+    prompts = {"object": {"media": told, "gpt": told}}
+    params = replace(PARAMS, prompts_per_kind=2, samples_per_prompt=1)
+    found = []
+    for number in range(40):
+        one = Concept(f"o{number}", "object", "car", "train", True, ())
+        found.append(frozenset(request.prompt for request in choose(params, one, prompts)[:2]))
+    assert len(set(found)) > 10
+    assert len(set.union(*map(set, found))) == 8
+
+
+def test_another_prompt_is_drawn_from_other_noise() -> None:
+    told = {"train": ["a {token}", "b {token}"], "test": []}
+    one = Concept("o", "object", "car", "train", True, ())
+    params = replace(PARAMS, prompts_per_kind=2, samples_per_prompt=2)
+    requests = choose(
+        params, one, {"object": {"media": told, "gpt": {"train": ["c {token}", "d {token}"], "test": []}}}
+    )
+    assert len({request.seed for request in requests}) == len(requests) == 8
