@@ -1,4 +1,4 @@
-"""The gates: arithmetic by hand, what is compared with what, and the shipped base model held to its report."""
+"""The gates: arithmetic by hand, what is compared with what; the shipped base model held to its report."""
 
 import json
 from dataclasses import replace
