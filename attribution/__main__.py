@@ -111,10 +111,10 @@ def _positive(text: str) -> int:
 
 
 def _page_path(text: str) -> Path:
-    """Refused before the work, not after it: a page would take the place of what is there."""
+    """Refused before the work, not after it: a page takes the place of an earlier one, of nothing else."""
     path = Path(text)
-    if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"wanted the name of a file, got {text!r}")
+    if path.exists() and not (path.is_file() and path.suffix.lower() in (".html", ".htm")):
+        raise argparse.ArgumentTypeError(f"wanted a new file, or a page (.html) to replace, got {text!r}")
     return path
 
 
@@ -147,7 +147,7 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     gallery = Gallery(exemplars.image_ids, all_exemplars, distractors, np.arange(len(distractors)))
     vectors = np.concatenate([backbone.encode([decode_image(path)]) for path in thumbnails])
     queries = mapper.map_synth(vectors)
-    found = attribute_all(gallery, mapper, queries, {name: calibrator}, k=top)[name]
+    found = attribute_all(gallery, mapper, queries, {name: calibrator}, k=min(top, len(gallery)))[name]
     answers = [_answer(str(path), found, query, gallery) for query, path in enumerate(thumbnails)]
     shown = sorted({match.image_id for answer in answers for match in answer.matches})
     # Ready features have no pictures here, but what their own table says of them.

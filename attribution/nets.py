@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import warnings
@@ -83,6 +84,8 @@ def build_open_clip(name: str, settings: BackboneSettings, root: Path) -> Net:
         return repository, filename
 
     files = ("open_clip_config.json", "open_clip_model.safetensors")
+    if ":" not in str(settings.model):
+        _check_known(name, "open_clip", str(settings.model), open_clip.list_models())
     model, file = _model_and_weights(name, settings, root, files, of_tag)
     with _no_chatter():
         net = open_clip.create_model(
@@ -143,6 +146,13 @@ def build_timm(name: str, settings: BackboneSettings, root: Path) -> Net:
             raise ValueError(f"{name}: no pretrained weights of {model} on the hub; wanted a file")
         return known.hf_hub_id, known.hf_hub_filename or ""
 
+    if ":" not in str(settings.model):
+        architecture, _, tag = str(settings.model).partition(".")
+        if not timm.is_model(architecture):  # which knows older names too
+            _check_known(name, "timm", architecture, timm.list_models())
+        if tag:
+            tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+            _check_known(name, "timm", str(settings.model), tagged)
     model, file = _model_and_weights(name, settings, root, ("config.json", "model.safetensors"), of_tag)
     options = {}
     known = None if ":" in model else timm.get_pretrained_cfg(model)
@@ -216,6 +226,13 @@ def _weights_in(folder: Path, usual: str) -> Path:
     if not found:
         raise FileNotFoundError(f"{folder}: no file of weights; wanted {usual}")
     return found[0]
+
+
+def _check_known(name: str, library: str, model: str, known: Sequence[str]) -> None:
+    """Raises ValueError with names like it for a model that the library does not know."""
+    if model not in known:
+        near = ", ".join(difflib.get_close_matches(model, known, 5, cutoff=0.5))
+        raise ValueError(f"{name}: {library} has no model {model!r}" + f"; it has: {near}" * bool(near))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -19,9 +20,9 @@ def load_params(cls: type[T], section: str, path: Path | str = Path("params.yaml
     """The dataclass `cls` filled from one section ("featurize.settings.clip": dots go down) of a YAML file.
 
     Every field must be in the file (but for one that is None by default: null may go unsaid) and every key
-    must be a field: defaults live in the file alone. An int will do for a float; lists become tuples; fields
-    may be dataclasses themselves. Raises FileNotFoundError for the file, ValueError naming file, key, what
-    was wanted and what was got for the rest.
+    must be a field: defaults live in the file alone. An int will do for a float, which must be finite; lists
+    become tuples; fields may be dataclasses themselves. Raises FileNotFoundError for the file, ValueError
+    naming file, key, what was wanted and what was got for the rest.
     """
     value: Any = read_yaml(path)
     where = f"{path}: "
@@ -92,6 +93,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise _wanted(where, kind.__name__, value)
+    if kind is float and not math.isfinite(value):
+        raise _wanted(where, "a finite number", value)
     return value
 
 

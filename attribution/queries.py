@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int, Shaped
 
@@ -122,7 +123,14 @@ def _read_columns(path: Path | str, wanted: dict[str, str | bool]) -> dict[str, 
     """The columns as numpy arrays, of text or, where the wanted value is a bool, of bools."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table; run: dvc repro {path.stem}")
+        raise FileNotFoundError(f"{path}: no such table; run: dvc repro")
+    try:
+        return _columns_of(path, wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file, or a damaged one ({error}); run: dvc repro") from error
+
+
+def _columns_of(path: Path, wanted: dict[str, str | bool]) -> dict[str, np.ndarray]:
     names = pq.read_schema(path).names
     missing = [name for name in wanted if name not in names]
     if missing:

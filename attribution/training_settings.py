@@ -26,6 +26,9 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.views_per_step < 1 or self.priors_per_step < 0:
             raise ValueError("wanted steps >= 1, views_per_step >= 1, priors_per_step >= 0")
+        for name in ("learning_rate", "token_learning_rate", "weight_decay", "prior_weight"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name}: wanted >= 0, got {value}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Params:
         Calibrator(self.inv_tau_start, self.b_start)
         if self.queries_per_model < 1:
             raise ValueError(f"queries_per_model: wanted 1 or more, got {self.queries_per_model}")
+        if self.seed < 0:
+            raise ValueError(f"seed: wanted >= 0, got {self.seed}")
 
 
 def run(
@@ -129,9 +131,8 @@ def sample_queries(queries: Queries, params: Params) -> Queries:
     return queries.take(np.sort(np.array(chosen, dtype=np.int64)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("backbone")
+def main(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
     backbone = parser.parse_args().backbone
     run(
         load_params(Params, "calibrate"),
@@ -145,5 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command_line("stages.calibrate", __doc__):
-        main()
+    with command_line("stages.calibrate", __doc__) as parser:
+        main(parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from attribution.base_model import BaseSettings, Pipeline
 from attribution.concepts import Concept
-from attribution.customization import RECORD, write_model
+from attribution.customization import RECORD, model_files, write_model
 from attribution.customized_model import TOKEN, CustomizedModel
 from attribution.files import content_key, read_json, write_json
 from attribution.lessons import Lesson, train
@@ -42,8 +42,7 @@ class Customizer:
     ) -> Customizer:
         """The one of these concepts: they depend on parameters, base and code, and on their own exemplars."""
         base_key = content_key(base.key(), code_key(*CODE))
-        plain = replace(params, workers=0, concepts_per_batch=0, max_failed_share=0.0)
-        shared = content_key(plain.used(), base_key)
+        shared = content_key(params.formative(), base_key)
         keys = {
             concept.concept_id: content_key(shared, concept.key(), params.exemplar_prompts(concept))
             for concept in wanted
@@ -60,11 +59,17 @@ class Customizer:
         return self.customized / concept_id
 
     def is_done(self, concept_id: str) -> bool:
-        """Whether its customized model is there and made from what it would be made from now."""
+        """Whether its customized model is there, as it was written, and made from what it would be now."""
+        folder = self.folder(concept_id)
         try:
-            return read_json(self.folder(concept_id) / RECORD)["key"] == self.keys[concept_id]
-        except (FileNotFoundError, ValueError):  # not there, or damaged
+            record = read_json(folder / RECORD)
+            return record["key"] == self.keys[concept_id] and record["files"] == self.files_key(folder)
+        except (FileNotFoundError, ValueError, KeyError):  # not there, or damaged
             return False
+
+    def files_key(self, folder: Path) -> str:
+        """What is in the model's files."""
+        return content_key(*model_files(folder, self.params.method))
 
     def draw_prior(self, concept: Concept) -> str | None:
         """Makes sure that the base's own images for this concept's noun are there, or says why not."""
@@ -132,6 +137,7 @@ class Customizer:
         write_model(folder, model, pipe, dtype=getattr(torch, self.params.saved_dtype))
         record = {
             "key": self.keys[concept.concept_id],
+            "files": self.files_key(folder),
             "method": self.params.method,
             "concept_id": concept.concept_id,
             "kind": concept.kind,

@@ -79,6 +79,8 @@ class Params:
                 raise ValueError(f"{name}: wanted 1 or more, got {value}")
         if 10 not in self.recall_at:
             raise ValueError(f"recall_at: wanted 10 among them (the headline), got {self.recall_at}")
+        if self.seed < 0:
+            raise ValueError(f"seed: wanted >= 0, got {self.seed}")
 
 
 def run(
@@ -108,7 +110,9 @@ def run(
             kind: Mapper.load(mapper_dir / file, backbone=backbone, own_kind=kind) for kind in kinds
         }
     mapped, calibrators = mappers["mapped"], load_calibrators(calibrator_path)
-    attributing = Attributions(gallery, mapped, mapped.map_synth(asked), calibrators, k=params.top_k)
+    attributing = Attributions(
+        gallery, mapped, mapped.map_synth(asked), calibrators, k=min(params.top_k, len(gallery))
+    )
     ranks = rank_in_spaces(
         spaces, asked, queries, gallery, params.gallery_sizes, beside=[(mapped, attributing.add)]
     )
@@ -265,9 +269,8 @@ def curve(x: Sequence[int], values: np.ndarray, mask: np.ndarray, queries: Queri
     return Curve(x, values[mask].mean(axis=0), *(ends or ()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("backbone")
+def main(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
     backbone = parser.parse_args().backbone
     mapper_dir = Path("data/mappers") / backbone
     output_dir, metrics_path = Path("data/evaluation") / backbone, Path("metrics") / f"{backbone}.json"
@@ -292,5 +295,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command_line("stages.evaluate", __doc__):
-        main()
+    with command_line("stages.evaluate", __doc__) as parser:
+        main(parser)

@@ -328,9 +328,8 @@ def encode_side_by_side(
                 yield owner, vectors
 
 
-def main() -> None:
+def main(parser: argparse.ArgumentParser) -> None:
     """Runs the stage for the backbone on the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
     backbone = parser.parse_args().backbone
     data = Path("data")
@@ -350,5 +349,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command_line("stages.featurize", __doc__):
-        main()
+    with command_line("stages.featurize", __doc__) as parser:
+        main(parser)

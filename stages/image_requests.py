@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,16 @@ class Params:
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
+        for name in ("workers", "prompts_per_kind", "samples_per_prompt", "images_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.webp_quality <= 100:
+            raise ValueError(f"webp_quality: wanted 0 to 100, got {self.webp_quality}")
+
+    def formative(self) -> dict[str, Any]:
+        """What images depend on by more than rounding."""
+        others = ("workers", "images_per_batch", "max_failed_share", "use_shipped")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,9 @@ def room_for(count: int, noun: str, *, like: Path) -> None:
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """`items` in order, `size` at a time."""
+    """`items` in order, `size` at a time. Raises ValueError for a size that would leave all of them out."""
+    if size < 1:
+        raise ValueError(f"wanted 1 or more at a time, got {size}")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

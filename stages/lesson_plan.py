@@ -66,6 +66,9 @@ class Params:
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
+        for name in ("workers", "concepts_per_batch", "views", "prior_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
 
     @property
     def settings(self) -> TrainingSettings:
@@ -75,6 +78,11 @@ class Params:
     def used(self) -> dict[str, Any]:
         """All but what other methods would use."""
         return asdict(self) | {"training": asdict(self.settings)}
+
+    def formative(self) -> dict[str, Any]:
+        """What models depend on by more than rounding."""
+        others = ("workers", "concepts_per_batch", "max_failed_share")
+        return {name: value for name, value in self.used().items() if name not in others}
 
     def words(self, concept: Concept) -> Words:
         """The prompts for a concept of this kind."""

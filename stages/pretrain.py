@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from attribution.command import command_line
 from attribution.files import atomic_path
 from attribution.params import load_params
 from miniworld.corpus import corpus_captions, corpus_pictures
@@ -212,4 +213,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.pretrain", __doc__) as parser:
+        parser.parse_args()
+        main()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from attribution.backbones import write_backbone
+from attribution.command import command_line
 from attribution.files import atomic_path
 from attribution.params import load_params
 from miniworld.corpus import corpus_scene
@@ -238,4 +239,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.pretrain_backbones", __doc__) as parser:
+        parser.parse_args()
+        main()

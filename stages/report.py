@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attribution.command import command_line
 from attribution.files import atomic_path, read_json
 
 NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
@@ -143,4 +144,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.report", __doc__) as parser:
+        parser.parse_args()
+        main()

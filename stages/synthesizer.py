@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +65,7 @@ class Synthesizer:
         synthesized: Path,
     ) -> Synthesizer:
         """The one of these requests: images depend on parameters, base, code, their model and the request."""
-        plain = replace(params, workers=0, images_per_batch=0, max_failed_share=0.0, use_shipped=False)
-        shared = content_key(plain, base.key(), code_key(*CODE))
+        shared = content_key(params.formative(), base.key(), code_key(*CODE))
         keys, without = {}, {}
         for concept_id, wanted in requests.items():
             try:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from attribution.command import command_line
 from attribution.files import content_key, read_json
 
 EXPERIMENT = "attribution"
@@ -85,7 +86,8 @@ def _log(metrics_path: Path, evaluation_dir: Path | None, history_path: Path | N
         )
         if known:
             return known[0].info.run_id
-        tags = {"backbone": backbone, "result_key": key, "mlflow.source.name": "stages.evaluate"}
+        tags = {"backbone": backbone, "world": _world(), "result_key": key}
+        tags["mlflow.source.name"] = "stages.evaluate"
         tags |= {
             name: os.environ[name] for name in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV") if name in os.environ
         }
@@ -156,6 +158,12 @@ def _history(path: Path | None) -> Iterator[tuple[str, float, int]]:
             yield from ((name, float(value), step) for name, value in row.items())
 
 
+def _world() -> str:
+    """Whose results these are: the name of a folder of worlds/, where its stages run, or default."""
+    here = Path.cwd()
+    return here.name if here.parent.name == "worlds" else "default"
+
+
 def _root() -> Path:
     # DVC_ROOT is the repository itself even where an experiment runs in a copy.
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
@@ -180,4 +188,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line("stages.tracking", __doc__) as parser:
+        parser.parse_args()
+        main()

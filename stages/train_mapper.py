@@ -63,9 +63,15 @@ class Params:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "temperature", "learning_rate", "epochs", "patience", "whitening_shrinkage"):
+        for name in (
+            *("hidden", "temperature", "learning_rate", "epochs", "patience"),
+            *("validation_distractors", "whitening_shrinkage"),
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted > 0, got {getattr(self, name)}")
+        for name in ("orthogonality", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: wanted >= 0, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size: wanted 2 or more (the negatives), got {self.batch_size}")
         if self.kind == "mlp" and self.orthogonality:
@@ -351,9 +357,8 @@ def _sample_rows(distractors: FeatureSet, count: int, seed: int) -> np.ndarray:
     return distractors.take(np.sort(rng.choice(len(distractors), size=count, replace=False)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("backbone")
+def main(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
     backbone = parser.parse_args().backbone
     run(
         load_params(Params, "train_mapper"),
@@ -366,5 +371,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command_line("stages.train_mapper", __doc__):
-        main()
+    with command_line("stages.train_mapper", __doc__) as parser:
+        main(parser)

@@ -336,6 +336,21 @@ def test_a_pickle_that_is_more_than_weights_is_not_run(tmp_path: Path) -> None:
             "weights openai: wanted a file, pretrained or null",
         ),
         (
+            {"model": "vit_base_patch16_225", "weights": None},
+            ValueError,
+            "ssl: timm has no model 'vit_base_patch16_225'; it has: vit_base_patch16_224",
+        ),
+        (
+            {"model": "vit_base_patch16_224.dinoo", "weights": "pretrained"},
+            ValueError,
+            r"ssl: timm has no model 'vit_base_patch16_224\.dinoo'; it has: vit_base_patch16_224\.dino",
+        ),
+        (
+            {"library": "open_clip", "model": "ViT-B-33", "weights": None},
+            ValueError,
+            "ssl: open_clip has no model 'ViT-B-33'; it has: .*ViT-B-32",
+        ),
+        (
             {"model": "hf-hub:a/b"},
             ValueError,
             "hf-hub:a/b brings its own weights; wanted weights: pretrained or null",

@@ -209,10 +209,33 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
 
 
-def test_what_is_damaged_is_made_again(stage: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [RECORD, WEIGHTS_FILE, TOKEN_FILE])
+def test_what_is_damaged_is_made_again(stage: Callable, tmp_path: Path, file: str) -> None:
     stage(CONCEPTS)
-    (tmp_path / "customized" / "o2" / RECORD).write_bytes(b"")
+    before, path = contents(tmp_path / "customized"), tmp_path / "customized" / "o2" / file
+    flipped = bytearray(path.read_bytes())
+    flipped[-3] ^= 255
+    for damage in (b"", path.read_bytes()[:100], bytes(flipped)):
+        path.write_bytes(damage)
+        assert stage(CONCEPTS).done == ["o2"]
+    path.unlink()
     assert stage(CONCEPTS).done == ["o2"]
+    assert stage(CONCEPTS).reused == list(CONCEPTS)
+    # In another batch than before: equal but for rounding.
+    assert before.keys() == contents(tmp_path / "customized").keys()
+
+
+@pytest.mark.parametrize("name", ["workers", "concepts_per_batch", "views", "prior_images"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_params_that_would_leave_all_undone_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}: wanted 1 or more, got {value}"):
+        replace(PARAMS, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "token_learning_rate", "weight_decay", "prior_weight"])
+def test_rates_below_zero_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: wanted >= 0, got -1\.0"):
+        replace(TRAINING.custom_diffusion, **{name: -1.0})
 
 
 def test_workers_change_rounding_only(stage: Callable, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -242,7 +243,7 @@ def test_the_command_takes_its_backbone_and_says_its_rate(
     (data.parent / "params.yaml").write_text(yaml.safe_dump({"featurize": params}))
     monkeypatch.chdir(data.parent)
     monkeypatch.setattr(sys, "argv", ["featurize", "pixels"])
-    main()
+    main(argparse.ArgumentParser())
     assert capsys.readouterr().out.startswith("featurize pixels: 27 images")
     assert FeatureSet.open(Path("data/features/pixels/queries")).select(["s2"]).shape == (1, 48)
 

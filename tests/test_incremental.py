@@ -15,6 +15,8 @@ from stages.incremental import (
     StageError,
     Summary,
     alone_in,
+    batches,
+    chunks,
     concerns_one,
     finish_placing,
     one_line,
@@ -39,6 +41,13 @@ def test_hundreds_of_failures_are_twenty_lines_and_a_count() -> None:
     lines = str(e.value).splitlines()
     assert (len(lines), lines[-2]) == (SHOWN + 3, "  and 6,980 more")
     assert max(map(len, lines)) < 320
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_that_would_leave_all_out_is_refused(size: int) -> None:
+    for cut in (lambda: chunks("abc", size), lambda: batches("abc", "c", size)):
+        with pytest.raises(ValueError, match=f"wanted 1 or more at a time, got {size}"):
+            cut()
 
 
 def test_an_error_without_words_is_known_by_its_type() -> None:

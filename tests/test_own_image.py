@@ -149,7 +149,7 @@ def test_the_page_holds_its_pictures_and_escapes_what_others_wrote(root: Path) -
 
 
 def test_more_are_asked_for_than_there_are(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mine.jpg", "--top", "1000", "--backbone", "pixels"]) == 0
+    assert main(["mine.jpg", "--top", str(10**20), "--backbone", "pixels"]) == 0
     out = capsys.readouterr().out
     assert len(rows_of(out)) == 26
     assert "remainder 0.00%, the influence of 0 other images in a gallery of 26" in out
@@ -282,6 +282,8 @@ def test_without_a_first_backbone_there_is_no_default(
         ["mine.jpg", "--page", "data"],
         ["mine.jpg", "--page", ""],
         ["mine.jpg", "--page", os.devnull],
+        ["mine.jpg", "--page", "mine.jpg"],
+        ["mine.jpg", "--page", "params.yaml"],
     ],
 )
 def test_wrong_arguments_are_status_2(root: Path, arguments: list[str]) -> None:
@@ -289,6 +291,7 @@ def test_wrong_arguments_are_status_2(root: Path, arguments: list[str]) -> None:
         main(arguments)
     assert stopped.value.code == 2
     assert (root / "data" / "mappers").is_dir()
+    assert decode_image(root / "mine.jpg").size
 
 
 def test_a_page_that_cannot_be_written_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ def test_an_int_will_do_for_a_float(params_file: Path) -> None:
     [
         ({"rate": "fast"}, r"train\.deep\.rate: wanted float, got 'fast' \(str\)"),
         ({"rate": True}, r"rate: wanted float, got True \(bool\)"),
+        ({"rate": float("nan")}, r"rate: wanted a finite number, got nan"),
+        ({"betas": [0.9, float("inf")]}, r"betas\[1\]: wanted a finite number, got inf"),
         ({"steps": 3.0}, r"steps: wanted int, got 3\.0 \(float\)"),
         ({"steps": True}, r"steps: wanted int, got True \(bool\)"),
         ({"steps": None}, r"steps: wanted int, got null"),
@@ -155,7 +157,11 @@ def test_what_is_no_float_stays_text(params_file: Path, text: str) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(rate=st.floats(allow_nan=False), steps=st.integers(), layers=st.lists(st.integers(), max_size=4))
+@given(
+    rate=st.floats(allow_nan=False, allow_infinity=False),
+    steps=st.integers(),
+    layers=st.lists(st.integers(), max_size=4),
+)
 def test_values_survive_the_file(
     tmp_path_factory: pytest.TempPathFactory, rate: float, steps: int, layers: list[int]
 ) -> None:

@@ -90,8 +90,13 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
     rewrite(path, lambda row: row.pop("seen"))
     with pytest.raises(ValueError, match=r"queries.parquet: no column seen; it has: image_id"):
         read_queries(path, exemplars, split="train")
-    with pytest.raises(FileNotFoundError, match=r"gone.parquet: no such table"):
+    with pytest.raises(FileNotFoundError, match=r"gone.parquet: no such table; run: dvc repro$"):
         read_exemplars(tmp_path / "gone.parquet")
+    whole = world.inputs["exemplars_path"].read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"no parquet" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"queries.parquet: not a parquet file, or a damaged one \("):
+            read_queries(path, exemplars, split="train")
 
 
 def test_features_of_another_space_are_refused(tmp_path: Path) -> None:

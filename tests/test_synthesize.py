@@ -456,6 +456,14 @@ def test_images_that_memory_does_not_hold_are_drawn_in_smaller_batches(
         assert np.abs(np.subtract(few, many)).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+    "name", ["workers", "prompts_per_kind", "samples_per_prompt", "images_per_batch", "webp_quality"]
+)
+def test_params_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: wanted .*, got -1"):
+        replace(PARAMS, **{name: -1})
+
+
 def test_prompts_are_drawn_for_each_concept_alone() -> None:
     """Where there are more prompts than are asked, concepts get others, and in the end all are used."""
     told = {

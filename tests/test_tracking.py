@@ -83,6 +83,7 @@ def test_a_result_is_one_flat_run_with_its_numbers(root: Path, monkeypatch: pyte
     assert run.info.status == "FINISHED"
     assert (run.data.tags["backbone"], run.data.tags["DVC_EXP_NAME"]) == ("clip", "warm-lamb")
     assert run.data.tags["result_key"]
+    assert run.data.tags["world"] == "default"
     assert run.data.metrics["recall_at_10"] == 0.5
     assert run.data.metrics["style/mapped_recall_at_10"] == 0.25
     assert run.data.metrics["object/hard_mapped_recall_at_10"] == pytest.approx(0.4)
@@ -104,6 +105,18 @@ def test_a_result_is_one_flat_run_with_its_numbers(root: Path, monkeypatch: pyte
     assert runs["clip"] != run_id
     assert backfill(root / "metrics", root / "data/evaluation", root / "data/mappers") == runs
     assert len(client.search_runs([run.info.experiment_id])) == 3
+
+
+def test_a_run_tells_of_which_world_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    world = root / "worlds" / "own"
+    world.mkdir(parents=True)
+    write_result(world)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.chdir(world)
+    run = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").get_run(str(log(world)))
+    assert run.data.tags["world"] == "own"
 
 
 def test_two_processes_that_write_first_at_once_lose_nothing(root: Path) -> None:
