@@ -9,7 +9,6 @@ Cost: 48 concepts against 20,000 images, dim 512: about 5 s on 2 cores. Distract
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -131,9 +130,7 @@ def sample_queries(queries: Queries, params: Params) -> Queries:
     return queries.take(np.sort(np.array(chosen, dtype=np.int64)))
 
 
-def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
-    backbone = parser.parse_args().backbone
+def main(backbone: str) -> None:
     run(
         load_params(Params, "calibrate"),
         backbone=backbone,
@@ -147,4 +144,5 @@ def main(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     with command_line("stages.calibrate", __doc__) as parser:
-        main(parser)
+        parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
+        main(parser.parse_args().backbone)

@@ -14,7 +14,6 @@ everyone's exemplars".
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -269,9 +268,7 @@ def curve(x: Sequence[int], values: np.ndarray, mask: np.ndarray, queries: Queri
     return Curve(x, values[mask].mean(axis=0), *(ends or ()))
 
 
-def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
-    backbone = parser.parse_args().backbone
+def main(backbone: str) -> None:
     mapper_dir = Path("data/mappers") / backbone
     output_dir, metrics_path = Path("data/evaluation") / backbone, Path("metrics") / f"{backbone}.json"
     run(
@@ -296,4 +293,5 @@ def main(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     with command_line("stages.evaluate", __doc__) as parser:
-        main(parser)
+        parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
+        main(parser.parse_args().backbone)

@@ -16,7 +16,6 @@ Where a backbone has `ready_distractors`, these vectors are its distractors, ope
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -328,10 +327,8 @@ def encode_side_by_side(
                 yield owner, vectors
 
 
-def main(parser: argparse.ArgumentParser) -> None:
-    """Runs the stage for the backbone on the command line."""
-    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
-    backbone = parser.parse_args().backbone
+def main(backbone: str) -> None:
+    """Runs the stage for one backbone, from the repository's root."""
     data = Path("data")
     line = run(
         load_params(Params, "featurize"),
@@ -350,4 +347,5 @@ def main(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     with command_line("stages.featurize", __doc__) as parser:
-        main(parser)
+        parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
+        main(parser.parse_args().backbone)

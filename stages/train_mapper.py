@@ -12,7 +12,6 @@ Cost: 160 concepts x 20 images: about 8 CPU s at dim 128, 40 at dim 768; on all 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import os
@@ -357,9 +356,7 @@ def _sample_rows(distractors: FeatureSet, count: int, seed: int) -> np.ndarray:
     return distractors.take(np.sort(rng.choice(len(distractors), size=count, replace=False)))
 
 
-def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
-    backbone = parser.parse_args().backbone
+def main(backbone: str) -> None:
     run(
         load_params(Params, "train_mapper"),
         backbone=backbone,
@@ -372,4 +369,5 @@ def main(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     with command_line("stages.train_mapper", __doc__) as parser:
-        main(parser)
+        parser.add_argument("backbone", help="a row of featurize.settings in params.yaml")
+        main(parser.parse_args().backbone)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
 import multiprocessing
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -242,8 +240,7 @@ def test_the_command_takes_its_backbone_and_says_its_rate(
     params = {"backbones": ["pixels"], "shard_rows": 5, "settings": {"pixels": dataclasses.asdict(SETTINGS)}}
     (data.parent / "params.yaml").write_text(yaml.safe_dump({"featurize": params}))
     monkeypatch.chdir(data.parent)
-    monkeypatch.setattr(sys, "argv", ["featurize", "pixels"])
-    main(argparse.ArgumentParser())
+    main("pixels")
     assert capsys.readouterr().out.startswith("featurize pixels: 27 images")
     assert FeatureSet.open(Path("data/features/pixels/queries")).select(["s2"]).shape == (1, 48)
 

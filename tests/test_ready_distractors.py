@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,9 @@ def write_params(row: dict[str, Any]) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
-def run_stages(monkeypatch: pytest.MonkeyPatch, *stages: Any) -> None:
+def run_stages(*stages: Any) -> None:
     for stage in stages or STAGES:
-        monkeypatch.setattr(sys, "argv", ["stage", "pixels"])
-        stage.main()
+        stage.main("pixels")
 
 
 @pytest.fixture
@@ -107,13 +105,13 @@ def write_ready() -> None:
         pq.write_table(pa.table(columns), f"{FOLDER}/metadata/metadata_{number:02}.parquet")
 
 
-def test_a_name_that_no_file_can_have_is_no_picture(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_no_file_can_have_is_no_picture(world: Path) -> None:
     for file in sorted(Path(FOLDER).glob("metadata/*.parquet")):
         urls = [
             f"https://example.org/{file.name}/{row}/" + "x" * 300 for row in range(len(pq.read_table(file)))
         ]
         pq.write_table(pa.table({"image_path": [*urls[:-1], file.name + "\0"]}), file)
-    run_stages(monkeypatch, featurize)
+    run_stages(featurize)
 
 
 def metrics() -> dict[str, Any]:
@@ -121,10 +119,10 @@ def metrics() -> dict[str, Any]:
 
 
 def test_the_whole_road_gives_what_pictures_would_have_given(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {file: file.stat().st_mtime_ns for file in Path(FOLDER).rglob("*.*")}
-    run_stages(monkeypatch)
+    run_stages()
     said = capsys.readouterr().out
     counts = f"150 distractors ready made in {FOLDER}, 4 left out as exemplars"
     assert f"{counts}, by pixels as params.yaml says: none of their pictures is here" in said
@@ -143,23 +141,23 @@ def test_the_whole_road_gives_what_pictures_would_have_given(
 
     write_pictures([f"d{row}" for row in range(CAPTIONS)], distractors())
     write_params(settings(ready_distractors=None))
-    run_stages(monkeypatch)
+    run_stages()
     assert metrics() == with_ready
 
 
 def test_pictures_that_are_here_prove_the_model_or_refuse_it(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(f"{FOLDER}/000000000").write_bytes(distractors()[0])
     Path("data/own/000000149").write_bytes(distractors()[149])
-    run_stages(monkeypatch, featurize)
+    run_stages(featurize)
     assert "2 of them encoded again: cosines of 1.0000 and more" in capsys.readouterr().out
     shutil.rmtree("data/features/pixels")
     Path(f"{FOLDER}/000000000").write_bytes(distractors()[1])
     with pytest.raises(
         ValueError, match=r"data/own/laion: caption of 000000000 .*: cosine \S+ with what pixels makes"
     ):
-        run_stages(monkeypatch, featurize)
+        run_stages(featurize)
     assert not Path("data/features/pixels/distractors").exists()
 
 
@@ -174,18 +172,16 @@ def test_pictures_that_are_here_prove_the_model_or_refuse_it(
         ({"ready_distractors": None}, r"data/world/distractors: no distractors; name ready_distractors in"),
     ],
 )
-def test_another_space_is_refused_by_name(
-    world: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
-) -> None:
+def test_another_space_is_refused_by_name(world: Path, changes: dict[str, Any], message: str) -> None:
     write_params(settings(**changes))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_stages(monkeypatch, featurize)
+        run_stages(featurize)
     assert not Path("data/features/pixels/distractors").exists()
     assert not list(Path("data").rglob(".partial-*"))
 
 
-def test_metadata_that_went_are_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stages(monkeypatch, featurize)
+def test_metadata_that_went_are_told(world: Path) -> None:
+    run_stages(featurize)
     features = FeatureSet.open("data/features/pixels/distractors")
     for file in Path(FOLDER).glob("metadata/*.parquet"):
         file.unlink()
@@ -193,14 +189,14 @@ def test_metadata_that_went_are_told(world: Path, monkeypatch: pytest.MonkeyPatc
         describe(features, [str(features.image_ids[0])])
 
 
-def test_a_folder_that_changed_or_went_is_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stages(monkeypatch, featurize)
+def test_a_folder_that_changed_or_went_is_told(world: Path) -> None:
+    run_stages(featurize)
     before = read_json("data/features/pixels/distractors/space.json")
     file = Path(FOLDER) / "img_emb" / "img_emb_01.npy"
     np.save(file, np.load(file)[::-1].copy())
-    run_stages(monkeypatch, featurize)
+    run_stages(featurize)
     after = read_json("data/features/pixels/distractors/space.json")
     assert [a == b for a, b in zip(before["shards"], after["shards"], strict=True)] == [True, False, True]
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"shard img_emb_01\.npy is missing"):
-        run_stages(monkeypatch, evaluate)
+        run_stages(evaluate)
