@@ -51,6 +51,14 @@ def read_yaml(path: Path | str) -> Any:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
+def require_at_least(record: object, **least: float) -> None:
+    """Raises ValueError naming the first of these fields that is less; None is not."""
+    for name, bound in least.items():
+        value = getattr(record, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name}: wanted {bound:g} or more, got {value}")
+
+
 class _Loader(yaml.SafeLoader):
     pass
 

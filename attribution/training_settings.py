@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attribution.params import require_at_least
+
 MethodName = Literal["custom_diffusion", "textual_inversion", "lora", "dreambooth"]
 
 
@@ -26,9 +28,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.views_per_step < 1 or self.priors_per_step < 0:
             raise ValueError("wanted steps >= 1, views_per_step >= 1, priors_per_step >= 0")
-        for name in ("learning_rate", "token_learning_rate", "weight_decay", "prior_weight"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name}: wanted >= 0, got {value}")
+        require_at_least(self, learning_rate=0, token_learning_rate=0, weight_decay=0, prior_weight=0)
 
 
 @dataclass(frozen=True)

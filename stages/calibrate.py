@@ -18,7 +18,7 @@ from attribution.calibrator import Calibrator, fit, losses
 from attribution.command import command_line
 from attribution.gallery import Gallery, attribute_all
 from attribution.mapper import Mapper
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.reliability import influence_due, reliability
 from attribution.score_bins import ScoreBins
@@ -39,10 +39,7 @@ class Params:
 
     def __post_init__(self) -> None:
         Calibrator(self.inv_tau_start, self.b_start)
-        if self.queries_per_model < 1:
-            raise ValueError(f"queries_per_model: wanted 1 or more, got {self.queries_per_model}")
-        if self.seed < 0:
-            raise ValueError(f"seed: wanted >= 0, got {self.seed}")
+        require_at_least(self, queries_per_model=1, seed=0)
 
 
 def run(

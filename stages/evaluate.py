@@ -29,7 +29,7 @@ from attribution.evaluation import Intervals, Ranks, rank_in_spaces, tabulate
 from attribution.files import atomic_path, read_json, write_json
 from attribution.gallery import Attributions, Gallery
 from attribution.mapper import Mapper
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from attribution.plots import Curve, plot_curves, plot_reliability
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.ranking import NO_RANK, chance_recall, recall_at, recall_ceiling
@@ -78,8 +78,7 @@ class Params:
                 raise ValueError(f"{name}: wanted 1 or more, got {value}")
         if 10 not in self.recall_at:
             raise ValueError(f"recall_at: wanted 10 among them (the headline), got {self.recall_at}")
-        if self.seed < 0:
-            raise ValueError(f"seed: wanted >= 0, got {self.seed}")
+        require_at_least(self, seed=0)
 
 
 def run(

@@ -11,7 +11,7 @@ import numpy as np
 from attribution.concepts import Concept, fill_prompt
 from attribution.customized_model import TOKEN
 from attribution.files import content_key
-from attribution.params import read_yaml
+from attribution.params import read_yaml, require_at_least
 from attribution.sampling import Sampler
 from attribution.seeds import seed_from
 
@@ -41,9 +41,7 @@ class Params:
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
-        for name in ("workers", "prompts_per_kind", "samples_per_prompt", "images_per_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        require_at_least(self, workers=1, prompts_per_kind=1, samples_per_prompt=1, images_per_batch=1)
         if not 0 <= self.webp_quality <= 100:
             raise ValueError(f"webp_quality: wanted 0 to 100, got {self.webp_quality}")
 

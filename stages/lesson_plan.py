@@ -19,6 +19,7 @@ from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image
 from attribution.lessons import Lesson
+from attribution.params import require_at_least
 from attribution.sampling import Drawing, Sampler, base_stack
 from attribution.seeds import seed_from
 from attribution.training_settings import MethodName, MethodSettings, TrainingSettings
@@ -66,9 +67,7 @@ class Params:
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share: wanted a share of 1, got {self.max_failed_share}")
-        for name in ("workers", "concepts_per_batch", "views", "prior_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        require_at_least(self, workers=1, concepts_per_batch=1, views=1, prior_images=1)
 
     @property
     def settings(self) -> TrainingSettings:

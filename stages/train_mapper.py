@@ -30,7 +30,7 @@ from attribution.command import command_line
 from attribution.features import FeatureSet
 from attribution.files import atomic_path
 from attribution.mapper import Kind, Mapper, apply_head, whitening
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from attribution.queries import Exemplars, Queries, open_features, read_exemplars, read_queries
 from attribution.threads import one_core_each
 
@@ -68,9 +68,7 @@ class Params:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted > 0, got {getattr(self, name)}")
-        for name in ("orthogonality", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: wanted >= 0, got {getattr(self, name)}")
+        require_at_least(self, orthogonality=0, seed=0)
         if self.batch_size < 2:
             raise ValueError(f"batch_size: wanted 2 or more (the negatives), got {self.batch_size}")
         if self.kind == "mlp" and self.orthogonality:

@@ -104,7 +104,7 @@ def test_another_backbones_mapper_is_refused(world: FeatureWorld, tmp_path: Path
     [
         ({"b_start": -1.0}, "wanted inv_tau > 0 and -1 < b"),
         ({"queries_per_model": 0}, "queries_per_model: wanted 1"),
-        ({"seed": -1}, "seed: wanted >= 0, got -1"),
+        ({"seed": -1}, "seed: wanted 0 or more, got -1"),
     ],
 )
 def test_params_out_of_range_are_refused(changes: dict, message: str) -> None:

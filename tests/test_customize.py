@@ -234,7 +234,7 @@ def test_params_that_would_leave_all_undone_are_refused(name: str, value: int) -
 
 @pytest.mark.parametrize("name", ["learning_rate", "token_learning_rate", "weight_decay", "prior_weight"])
 def test_rates_below_zero_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: wanted >= 0, got -1\.0"):
+    with pytest.raises(ValueError, match=rf"{name}: wanted 0 or more, got -1\.0"):
         replace(TRAINING.custom_diffusion, **{name: -1.0})
 
 

@@ -294,7 +294,7 @@ def test_a_picture_that_is_nowhere_is_named(done: Evaluated) -> None:
     [
         ({"recall_at": (1, 5)}, "recall_at: wanted 10 among them"),
         ({"top_k": 0}, "top_k: wanted 1 or more"),
-        ({"seed": -1}, "seed: wanted >= 0, got -1"),
+        ({"seed": -1}, "seed: wanted 0 or more, got -1"),
         ({"gallery_sizes": ()}, "gallery_sizes: wanted 1 or more"),
     ],
 )

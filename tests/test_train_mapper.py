@@ -172,8 +172,8 @@ def test_pairs_of_a_kind_that_is_not_there(tmp_path: Path) -> None:
         ({"batch_size": 1}, "batch_size: wanted 2 or more"),
         ({"epochs": 0}, "epochs: wanted > 0, got 0"),
         ({"validation_distractors": -1}, "validation_distractors: wanted > 0, got -1"),
-        ({"orthogonality": -1.0}, "orthogonality: wanted >= 0, got -1"),
-        ({"seed": -1}, "seed: wanted >= 0, got -1"),
+        ({"orthogonality": -1.0}, "orthogonality: wanted 0 or more, got -1"),
+        ({"seed": -1}, "seed: wanted 0 or more, got -1"),
         ({"kind": "mlp", "orthogonality": 1.0}, "orthogonality: wanted 0 with kind mlp"),
     ],
 )
