@@ -52,10 +52,10 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def require_at_least(record: object, **least: float) -> None:
-    """Raises ValueError naming the first of these fields that is less; None is not."""
+    """Raises ValueError naming the first of these fields that is less, or NaN; None is neither."""
     for name, bound in least.items():
         value = getattr(record, name)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:
             raise ValueError(f"{name}: wanted {bound:g} or more, got {value}")
 
 

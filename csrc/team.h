@@ -18,8 +18,8 @@ struct Keep {
 };
 using BorrowedTeam = std::unique_ptr<Team, Keep>;
 
-// The team that the last call kept, or a new one if that has another size, is another process's (a fork copies no
-// threads) or is in use. To begin and end threads takes a tenth of a millisecond, and so does to wait for them.
+// The team that the last call kept; or a new one if there is none (a forked child has none: a fork copies no threads), if
+// it has another size, or if it is in use. To begin and end threads takes a tenth of a millisecond, and so does to wait for them.
 BorrowedTeam borrow_team(int threads);
 
 class Team {

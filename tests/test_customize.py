@@ -236,6 +236,8 @@ def test_params_that_would_leave_all_undone_are_refused(name: str, value: int) -
 def test_rates_below_zero_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: wanted 0 or more, got -1\.0"):
         replace(TRAINING.custom_diffusion, **{name: -1.0})
+    with pytest.raises(ValueError, match=f"{name}: wanted 0 or more, got nan"):
+        replace(TRAINING.custom_diffusion, **{name: float("nan")})
 
 
 def test_workers_change_rounding_only(stage: Callable, tmp_path: Path) -> None:
