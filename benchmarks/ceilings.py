@@ -34,13 +34,22 @@ def _library() -> ctypes.CDLL:
 
 
 def _wall_seconds(work: Callable[[int], object], threads: int) -> float:
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    begin = time.perf_counter()
+    """From when the first begins until the last has ended; all are there by then."""
+    together = threading.Barrier(threads)
+    spans: list[tuple[float, float]] = []
+
+    def timed(i: int) -> None:
+        together.wait()
+        begin = time.perf_counter()
+        work(i)
+        spans.append((begin, time.perf_counter()))
+
+    workers = [threading.Thread(target=timed, args=(i,)) for i in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return time.perf_counter() - begin
+    return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
 
 class Machine:

@@ -13,10 +13,10 @@ preparation_seconds is what a method did to the float32 gallery before the first
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from attribution import similarity
+from attribution.files import write_json
 from benchmarks.ceilings import Machine
 from benchmarks.similarity_methods import Method, Search, methods, room
 
@@ -88,12 +89,17 @@ def timed(search: Search, queries: np.ndarray, k: int) -> tuple[float, float, np
     return time.perf_counter() - wall, processor_seconds() - processor, ids
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One row per method, dim, number of queries and k."""
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per method, dim, number of queries and k; all there are so far, whenever a case is done."""
     rng = np.random.default_rng(0)
     limits = Machine(options.threads)
-    peaks = limits.arithmetic()
     rows: list[dict[str, Any]] = []
+    result = {
+        "machine": machine(),
+        "ceilings": {**limits.arithmetic(), "threads": limits.threads},
+        "instruction_set": similarity.load_extension().instruction_set(),
+        "rows": rows,
+    }
     for dim in options.dims:
         gallery, all_queries = unit_rows(rng, options.rows, dim), unit_rows(rng, max(options.queries), dim)
         chosen = [method for method in methods() if not options.only or options.only in method.name]
@@ -117,12 +123,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 limit = (values * count, values * method.bytes_read(count))
                 rows.append(row | attempts[method.name].fractions(limits.threads, *limit))
             print_case(rows[-len(chosen) :])
-    return {
-        "machine": machine(),
-        "ceilings": {**peaks, "threads": limits.threads},
-        "instruction_set": similarity.load_extension().instruction_set(),
-        "rows": rows,
-    }
+            yield result
 
 
 def measure_case(
@@ -207,6 +208,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -221,10 +223,9 @@ def main() -> None:
     parser.add_argument("--only", help="methods whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS / "similarity.json")
     options = parser.parse_args()
-    result = run(options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    plot(result, options.output.with_suffix(".png"))
+    for result in run(options):
+        write_json(options.output, result)
+        plot(result, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -103,12 +103,16 @@ def _torch(dtype: torch.dtype) -> Callable[[np.ndarray, int], Search]:
 
 
 def _numpy(gallery: np.ndarray, threads: int) -> Search:
+    from threadpoolctl import ThreadpoolController
+
+    libraries = ThreadpoolController()  # numpy itself has no say in how many threads its products take
     together = max(1, SCORE_BYTES // (len(gallery) * 4))
 
     def search(queries: np.ndarray, k: int) -> np.ndarray:
         found = []
         for first in range(0, len(queries), together):
-            scores = queries[first : first + together] @ gallery.T
+            with libraries.limit(limits=threads, user_api="blas"):
+                scores = queries[first : first + together] @ gallery.T
             ids = np.argpartition(scores, -k, axis=1)[:, -k:]
             order = np.argsort(-np.take_along_axis(scores, ids, 1), axis=1)
             found.append(np.take_along_axis(ids, order, 1))
