@@ -14,7 +14,7 @@ from attribution.similarity_arrays import aligned_bytes
 INV_TAU, B = 50.0, -0.1  # a window of 0.046 below the best cosine
 SCORE_BYTES = 256 << 20  # what peers may hold of the queries x gallery scores at a time
 
-Search = Callable[[np.ndarray, int], np.ndarray]  # (queries, k) -> ids
+Search = Callable[[np.ndarray, int], np.ndarray]  # (queries in float32, k) -> ids
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,14 @@ def _held(gallery: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 def _ours(storage: str, influence: bool, compressed: bool = False) -> Callable[[np.ndarray, int], Search]:
     def build(gallery: np.ndarray, threads: int) -> Search:
-        dtype = getattr(torch, storage)
-        held: Any = _held(gallery, dtype)
+        held: Any = _held(gallery, getattr(torch, storage))
         if compressed:
             held = similarity.compress(held, threads=threads)
 
         def search(queries: np.ndarray, k: int) -> np.ndarray:
-            asked = torch.from_numpy(queries).to(dtype)
             if not influence:
-                return similarity.search(asked, held, k=k, threads=threads)[0]
-            return similarity.attribute(asked, held, k=k, inv_tau=INV_TAU, b=B, threads=threads).ids
+                return similarity.search(queries, held, k=k, threads=threads)[0]
+            return similarity.attribute(queries, held, k=k, inv_tau=INV_TAU, b=B, threads=threads).ids
 
         return search
 
