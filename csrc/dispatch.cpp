@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#ifdef ATTRIBUTION_AMX
+#if defined(ATTRIBUTION_AMX) && !defined(ATTRIBUTION_EMULATED_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,7 +13,9 @@
 namespace attribution {
 namespace {
 
-#ifdef ATTRIBUTION_AMX
+#ifdef ATTRIBUTION_EMULATED_AMX
+bool may_use_matrices() { return true; }
+#elif defined(ATTRIBUTION_AMX)
 // Linux wants to be asked, once for each process, before a thread may have matrix registers; children inherit the answer.
 bool may_use_matrices() {
   static const bool may = [] {
