@@ -107,7 +107,9 @@ def center_of(shards: Sequence[np.ndarray], storage: str) -> Float32[np.ndarray,
     step = max(1, rows // CENTER_ROWS)
     some = np.concatenate([as_float32(shard[::step], storage) for shard in shards])
     some = some[np.isfinite(some).all(axis=1)]
-    return np.median(some, axis=0).astype(np.float32) if len(some) else np.zeros(some.shape[1], np.float32)
+    # In float64: the mean of two large values in the middle is no float32's on the way.
+    middle = np.median(some.astype(np.float64), axis=0) if len(some) else np.zeros(some.shape[1])
+    return middle.astype(np.float32)
 
 
 def aligned_bytes(size: int) -> UInt8[np.ndarray, " size"]:
@@ -135,7 +137,7 @@ def as_float32(values: np.ndarray, storage: str) -> np.ndarray:
 
 def thresholds(values: Any, queries: int) -> Float64[np.ndarray, "queries thresholds"]:
     """The thresholds are float64 and not NaN."""
-    array = np.ascontiguousarray(_numpy(values, "thresholds")[0], dtype=np.float64)
+    array = np.ascontiguousarray(_numbers(values, "thresholds"), dtype=np.float64)
     if array.ndim != 2 or array.shape[0] != queries:
         raise ValueError(f"thresholds: wanted [{queries} queries, thresholds], got {list(array.shape)}")
     if np.isnan(array).any():
@@ -145,7 +147,7 @@ def thresholds(values: Any, queries: int) -> Float64[np.ndarray, "queries thresh
 
 def ids(values: Any, queries: int, rows: int) -> Int64[np.ndarray, "queries ids"]:
     """The ids are gallery rows, or -1."""
-    array = _numpy(values, "ids")[0]
+    array = _numbers(values, "ids")
     if array.dtype.kind not in "iu":
         raise TypeError(f"ids: wanted integers, got {array.dtype}")
     if array.ndim != 2 or array.shape[0] != queries:
@@ -189,6 +191,12 @@ def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
     if array.dtype.name == "bfloat16":  # of the ml_dtypes package
         return array.view(np.uint16), "bfloat16"
     return array, array.dtype.name if array.dtype.isnative else str(array.dtype)
+
+
+def _numbers(array: Any, name: str) -> np.ndarray:
+    """The array's values: bfloat16, which numpy lacks, as float32."""
+    view, storage = _numpy(array, name)
+    return as_float32(view, storage) if storage == "bfloat16" else view
 
 
 def open_rows(array: Any, name: str) -> tuple[np.ndarray, str]:

@@ -63,7 +63,8 @@ def all_scores(inputs: Inputs) -> Float32[np.ndarray, "queries gallery"]:
         fours = lanes[:, :4] + lanes[:, 4:]
         twos = fours[:, :2] + fours[:, 2:]
         with np.errstate(over="ignore"):
-            scores[q] = (twos[:, 0] + twos[:, 1] + offset[q]) * scale + 0.0
+            scores[q] = (twos[:, 0] + twos[:, 1] + offset[q]) * scale
+        scores[q] += 0.0  # what rounds to -0.0 too
         if not np.isfinite(scores[q]).all():
             row = int(np.isfinite(scores[q]).argmin())
             raise ValueError(

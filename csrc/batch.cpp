@@ -96,9 +96,11 @@ void Batch::close_scores(const Block& block, const Candidate* items, int some, i
 }
 
 bool Batch::overflows(const Prepared& prepared) const {
+  // A row's own length is below 2^64, or its square were no float: before it is scaled, no score is beyond 2^124, even
+  // where other rows have larger scales.
   const double most = largest_norm_ * prepared.largest_norm + largest_offset_ * prepared.largest_scale;
   const double unscaled = prepared.largest_scale > 0 ? most / prepared.largest_scale : most;
-  return !(most < 0x1p100 && unscaled < 0x1p100 && largest_norm_ < 0x1p100 && prepared.largest_norm < 0x1p60);
+  return !(most < 0x1p100 && unscaled < 0x1p100 && largest_norm_ < 0x1p60 && prepared.largest_norm < 0x1p60);
 }
 
 void Batch::rescore(Candidate* items, int64_t count, int q) const {

@@ -14,11 +14,12 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr int64_t turn_bytes = 8 << 20;
 constexpr int64_t turn_candidates = (4 << 20) / int64_t(sizeof(Candidate));  // of all queries and threads
 
-// Upwards to three bits of mantissa, so that thresholds seldom change from block to block.
+// Upwards to three bits of mantissa, so that thresholds seldom change from block to block; never to infinity.
 float coarse(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  bits = (bits + 0xfffffu) & ~0xfffffu;
+  const uint32_t up = (bits + 0xfffffu) & ~0xfffffu;
+  if (up < 0x7f800000u) bits = up;
   std::memcpy(&value, &bits, 4);
   return value;
 }

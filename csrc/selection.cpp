@@ -50,7 +50,7 @@ Candidate* Selection::drop_hopeless(int q, Candidate* items, Candidate* end, flo
   float best;
   float floor = certain_floor(items, end, k_, &best);
   if (windowed(q)) floor = std::min(floor, calibration_->lowest(best));
-  cut = floor;
+  cut = floor = std::max(floor, cut);
   return std::partition(items, end, [&](const Candidate& item) { return item.score + item.error >= floor; });
 }
 

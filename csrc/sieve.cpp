@@ -24,8 +24,8 @@ Sieve::Sieve(const InstructionSet& set, const Gallery& gallery, const float* que
     if (norm < double(plain_limit) && std::fabs(own) + norm * center < double(plain_limit)) {
       float missing;
       set.sketch_query(query, dim, panels_.data() + q * set.sketched_bytes(dim), &sketched, &missing);
-      // What is rounded here and in a canonical score is rounded fewer than 8 times, relative to these: but a query's codes
-      // may be twice the query, and products of levels, all of them positive, 127 / 1.5 times what they make in the end.
+      // What is rounded here and in a canonical score is rounded 9 times at most, relative to these: but a query's codes
+      // may be twice the query, and products of levels, all of them positive, 44 times what they make in the end.
       constexpr double rounding = 16 * 85 * 0x1p-24;
       if (sketched.step == 0 || sketched.step >= 0x1p-60f) {
         sketched.per_residual = float(norm * (1 + 1e-6));

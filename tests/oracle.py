@@ -59,3 +59,38 @@ def planted(rng: np.random.Generator, queries: int, gallery: int, dim: int, nois
             q[rng.integers(queries, size=len(near))] + noise * rng.standard_normal((len(near), dim))
         )
     return q, g
+
+
+def extremes() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Finite worlds at the ends of float32's range: 40 queries, a gallery, the scales of its rows."""
+    rng = np.random.default_rng(77)
+    worlds = {}
+
+    # Nothing coarser than the largest float is finite.
+    gallery = np.zeros((300, 16))
+    gallery[np.arange(300), np.arange(300) % 16] = np.arange(300) * 0.01
+    gallery[::7] = 0
+    scale = np.ones(300)
+    scale[::7] = np.finfo(np.float32).max
+    worlds["largest scale"] = np.abs(rng.standard_normal((40, 16))), gallery, scale
+
+    # A dot that is no float before it is scaled; other rows have larger scales.
+    for name, power, query in (("long row", 63, 2.0**90), ("longer row", 100, 2.0**45)):
+        gallery = np.zeros((4000, 8))
+        gallery[:, 0] = -2 - np.arange(4000) / 4000
+        gallery[3000, 0] = -(2.0**power)
+        scale = np.ones(4000)
+        scale[3000] = 2.0**-power
+        queries = np.zeros((40, 8))
+        queries[:, 0] = query
+        worlds[name] = queries, gallery, scale
+    worlds["long row without weight"] = worlds["long row"][0], worlds["long row"][1], scale * (scale == 1)
+
+    # Lengths that vanish when they are scaled, though their products with the queries do not.
+    gallery = rng.standard_normal(64) * 2.0**-58 * (1 + 1e-7 * rng.standard_normal((4000, 64)))
+    worlds["small scales"] = rng.standard_normal((40, 64)) * 2.0**95, gallery, np.full(4000, 2.0**-100)
+
+    return {
+        name: (queries.astype(np.float32), gallery.astype(np.float32), scale.astype(np.float32))
+        for name, (queries, gallery, scale) in worlds.items()
+    }

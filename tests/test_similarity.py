@@ -366,3 +366,42 @@ def test_a_known_world_has_its_closed_form() -> None:
     expected = (1 - tail) ** rows
     assert abs((larger == 0).mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
     assert abs(larger.mean() - rows * tail) < 0.1 * rows * tail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+@pytest.mark.parametrize("world", oracle.extremes())
+def test_worlds_at_the_ends_of_the_range(world: str, count: int, dtype: torch.dtype) -> None:
+    queries, rows, scale = oracle.extremes()[world]
+    gallery = torch.from_numpy(rows).to(dtype)
+    for k in (1, 10):
+        want, got = (
+            similarity.search(queries[:count], gallery, k=k, scale=scale, impl=impl)
+            for impl in IMPLEMENTATIONS
+        )
+        np.testing.assert_array_equal(want[0], got[0])
+        np.testing.assert_array_equal(want[1], got[1])
+    for or_equal in (False, True):
+        counts = [
+            similarity.count_larger(
+                queries[:count], gallery, want[1][:, :3], or_equal=or_equal, scale=scale, impl=impl
+            )
+            for impl in IMPLEMENTATIONS
+        ]
+        np.testing.assert_array_equal(*counts)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_score_that_rounds_to_zero_has_no_sign(impl: str) -> None:
+    rows = np.array([[-1e-30]], np.float32)
+    _, scores = similarity.search(-rows, rows, k=1, impl=impl)
+    assert not np.signbit(scores[0, 0])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_thresholds_and_ids_of_bfloat16(impl: str) -> None:
+    queries, gallery = np.ones((1, 1), np.float32), np.array([[1.0], [0.25]], np.float32)
+    thresholds = torch.tensor([[0.5]], dtype=torch.bfloat16)
+    assert similarity.count_larger(queries, gallery, thresholds, impl=impl)[0, 0] == 1
+    with pytest.raises(TypeError, match=r"ids: wanted integers, got float32"):
+        similarity.canonical_scores(queries, gallery, torch.ones((1, 1), dtype=torch.bfloat16), impl=impl)

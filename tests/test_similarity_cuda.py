@@ -77,6 +77,19 @@ def test_rows_that_begin_anywhere(device: str, dim: int) -> None:
     assert_same(want, similarity.attribute(queries, gallery, k=4, impl="cuda", **SHARP))
 
 
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("world", oracle.extremes())
+def test_worlds_at_the_ends_of_the_range(device: str, world: str, count: int) -> None:
+    queries, gallery, scale = oracle.extremes()[world]
+    for k in (1, 10):
+        want, got = (
+            similarity.search(queries[:count], gallery, k=k, scale=scale, impl=impl)
+            for impl in ("cpu", "cuda")
+        )
+        np.testing.assert_array_equal(want[0], got[0])
+        np.testing.assert_array_equal(want[1], got[1])
+
+
 @pytest.mark.parametrize(("inv_tau", "b"), [(16.0, -0.04), (1.0, -0.9), (5.0, 0.0)])
 def test_agrees_with_the_float64_oracle(device: str, inv_tau: float, b: float) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(1), 2, 509, 96)

@@ -51,6 +51,18 @@ def test_every_kernel_returns_the_bits_of_the_cpu(
     check(queries, stored(gallery + np.float32(0.1), storage), k=5, inv_tau=16.0, b=-0.04)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("world", oracle.extremes())
+def test_worlds_at_the_ends_of_the_range(device: str, world: str, count: int) -> None:
+    queries, gallery, scale = oracle.extremes()[world]
+    compressed = similarity.compress(similarity_cuda.Gallery(gallery))
+    for k in (1, 10):
+        want = similarity.search(queries[:count], gallery, k=k, scale=scale, impl="cpu")
+        got = similarity.search(queries[:count], compressed, k=k, scale=scale)
+        np.testing.assert_array_equal(want[0], got[0])
+        np.testing.assert_array_equal(want[1], got[1])
+
+
 @pytest.mark.parametrize("count", [2, 35])
 def test_rows_in_no_order_are_walked_once(walks: list[int], count: int) -> None:
     gallery = oracle.unit(np.random.default_rng(0).standard_normal((800, 64)))

@@ -396,3 +396,25 @@ def test_any_walk_over_any_compressed_world(world, window, batch, threads, cuts)
 @given(world=worlds(), **{name: walks[name] for name in walks})
 def test_ten_thousand_walks_over_compressed_worlds(world, window, batch, threads, cuts) -> None:
     check_compressed(world, window, batch, threads, cuts)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+@pytest.mark.parametrize("world", oracle.extremes())
+def test_worlds_at_the_ends_of_the_range(isa: str, world: str, count: int) -> None:
+    queries, gallery, scale = oracle.extremes()[world]
+    compressed = similarity.compress(gallery)
+    for k in (1, 10):
+        want = similarity.search(queries[:count], gallery, k=k, scale=scale, impl="reference")
+        got = similarity.search(queries[:count], compressed, k=k, scale=scale)
+        np.testing.assert_array_equal(want[0], got[0])
+        np.testing.assert_array_equal(want[1], got[1])
+    counts = [
+        similarity.count_larger(queries[:count], one, want[1][:, :3], scale=scale, impl=impl)
+        for one, impl in ((gallery, "reference"), (compressed, "cpu"))
+    ]
+    np.testing.assert_array_equal(*counts)
+
+
+def test_the_center_of_large_rows_is_finite() -> None:
+    compressed = similarity.compress(np.full((4, 4), 3e38, np.float32))
+    np.testing.assert_array_equal(compressed.center, np.full(4, 3e38, np.float32))
