@@ -76,6 +76,70 @@ def test_ten_thousand_walks_give_the_reference_answer(world, window, batch, thre
     check_against_the_reference(world, window, batch, threads, cuts)
 
 
+@st.composite
+def far_worlds(draw: st.DrawFn):
+    """Anywhere in float32's range, with scales and offsets that lead scores back into it, or do not."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows, dim = draw(st.sampled_from([1, 50, 97, 400])), draw(st.sampled_from([1, 3, 8, 17, 65]))
+    count = draw(st.sampled_from([1, 2, 4, 5, 9, 17, 40]))
+    of_queries, of_rows = draw(st.integers(-149, 126)), draw(st.integers(-149, 120))
+    of_scores = draw(st.integers(-100, 100))
+    apart = draw(st.sampled_from([0, 0.02, 1])) > rng.random(rows)
+    of_rows = of_rows + apart * rng.integers(-60, 60, rows)
+    kind = draw(st.sampled_from(["normal", "alike", "sparse", "skewed"]))
+    values = rng.standard_normal((rows, dim))
+    if kind == "alike":
+        values = rng.standard_normal(dim) * (1 + 1e-7 * values)
+    elif kind == "sparse":
+        values[rng.random(rows) < 0.6] = 0
+    elif kind == "skewed":
+        values[:, 0] *= 1e4
+    arguments = {}
+    if draw(st.booleans()):
+        of_scale = of_scores - of_queries - (of_rows if draw(st.booleans()) else of_rows[0])
+        scale = np.ldexp(rng.uniform(1, 2, rows), np.clip(of_scale, -149, 126))
+        scale[rng.random(rows) < 0.01] = 0
+        scale[rng.random(rows) < draw(st.sampled_from([0, 0.05]))] = np.finfo(np.float32).max
+        arguments["scale"] = scale.astype(np.float32)
+    if draw(st.booleans()):
+        of_offset = np.clip(of_queries + of_rows[0] + draw(st.integers(-30, 30)), -149, 120)
+        arguments["offset"] = np.ldexp(rng.standard_normal(count), of_offset).astype(np.float32)
+    queries = np.ldexp(rng.standard_normal((count, dim)), min(of_queries, 124)).astype(np.float32)
+    gallery = np.ldexp(values, np.clip(of_rows, -160, 110)[:, None]).astype(np.float32)
+    return queries, gallery, draw(st.sampled_from([1, 3, 10, 60])), arguments
+
+
+def check_far_world(world) -> None:
+    queries, gallery, k, arguments = world
+    compressed = similarity.compress(gallery)
+    try:
+        want = similarity.search(queries, gallery, k=k, impl="reference", **arguments)
+    except ValueError:  # a score beyond the range
+        for one in (gallery, compressed):
+            with pytest.raises(ValueError, match="beyond the range"):
+                similarity.search(queries, one, k=k, **arguments)
+        return
+    levels = np.where(np.isfinite(want[1]), want[1], 0)[:, [0, k // 2]].astype(np.float64)
+    larger = similarity.count_larger(queries, gallery, levels, impl="reference", **arguments)
+    for one in (gallery, compressed):
+        for got, wanted in zip(similarity.search(queries, one, k=k, **arguments), want, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_array_equal(similarity.count_larger(queries, one, levels, **arguments), larger)
+
+
+@settings(max_examples=150, deadline=None)
+@given(world=far_worlds())
+def test_worlds_anywhere_in_the_range_give_the_reference_answer(world) -> None:
+    check_far_world(world)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10_000, deadline=None)
+@given(world=far_worlds())
+def test_ten_thousand_worlds_anywhere_give_the_reference_answer(world) -> None:
+    check_far_world(world)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), rows=st.integers(2, 400), b=st.sampled_from([0.0, -0.04, -0.5]))
 def test_permuting_the_gallery_permutes_the_answer(seed: int, rows: int, b: float) -> None:
