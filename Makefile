@@ -4,6 +4,8 @@
 
 # Many containers set this. Thirty processes would then each compile PyTorch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Nor would it find `stages`.
+unexport PYTHONSAFEPATH
 
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 

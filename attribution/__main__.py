@@ -6,6 +6,7 @@ import argparse
 import base64
 import html
 import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not thumbnails:
         return status
     try:
-        page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
+        text, page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
         with atomic_path(options.page) as partial:
             partial.write_text(page, encoding="utf-8")
     except FORESEEN as error:
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    print(f"page: {_printable(str(options.page))}")
+    _tell(f"{text}\npage: {_printable(str(options.page))}")
     return status
 
 
@@ -118,8 +119,8 @@ def _page_path(text: str) -> Path:
     return path
 
 
-def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> str:
-    """Prints the attributions of the pictures, and returns them as a page."""
+def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> tuple[str, str]:
+    """The attributions of the pictures, as text and as a page."""
     params = root / "params.yaml"
     name = name or _first_backbone(params)
     settings = load_params(BackboneSettings, f"featurize.settings.{name}", params)
@@ -154,10 +155,9 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     rows = describe(distractors, shown)
     for table in (paths["distractor images"], paths["exemplar images"]):
         rows |= find_rows(table, shown, ("image", "caption"))
-    for answer in answers:
-        print(_as_text(answer, rows))
+    text = "\n".join(_as_text(answer, rows) for answer in answers)
     sections = [_as_html(*pair, rows) for pair in zip(answers, thumbnails.values(), strict=True)]
-    return _page(name, sections)
+    return text, _page(name, sections)
 
 
 def _first_backbone(params: Path) -> str:
@@ -246,6 +246,16 @@ def _escaped(text: str) -> str:
 def _printable(text: str) -> str:
     """The text on one line: file names may hold line breaks, terminal codes or bytes that are no text."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _tell(text: str) -> None:
+    """On stdout, in the characters it has, and as long as somebody reads."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> None:

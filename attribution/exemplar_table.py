@@ -87,7 +87,7 @@ def _from_tree(root: Path) -> Iterator[Entry]:
             raise ValueError(
                 f"{root}: {places[concept_id]} and {concept} would both be concept {concept_id}; rename one"
             )
-        noun = _words(middle[0]) if kind == "object" else STYLE_NOUN
+        noun = _words(label(middle[0])) if kind == "object" else STYLE_NOUN
         yield Entry(concept_id, kind, noun, noun, path, label(place.as_posix()))
 
 

@@ -277,7 +277,7 @@ def threads_allowed() -> int:
     wanted = os.environ.get("ATTRIBUTION_THREADS", "")
     if not wanted:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not wanted.isdigit() or int(wanted) < 1:
+    if not wanted.isdecimal() or int(wanted) < 1:
         raise ValueError(f"ATTRIBUTION_THREADS: wanted an integer >= 1, got {wanted!r}")
     return int(wanted)
 

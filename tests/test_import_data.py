@@ -397,8 +397,10 @@ def test_a_pipe_is_not_waited_for(own: Path) -> None:
 
 def test_names_that_are_no_text_are_kept_readable(own: Path) -> None:
     (own / "own" / "distractors" / "\udcff.png").write_bytes(picture(5000))
+    write(own / "own" / "exemplars" / "object" / "v\udcf6gel" / "a.png", picture(5001))
     bring_in(own)
     assert "\\xff.png" in {row["source"] for row in distractors(own)}
+    assert "v\\xf6gel" in {row["noun"] for row in exemplars(own)}
 
 
 @pytest.mark.parametrize("table", ["exemplars", "distractors"])

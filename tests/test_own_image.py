@@ -315,6 +315,24 @@ def test_as_a_command_it_says_no_more_than_it_should(root: Path) -> None:
     assert done.stdout.endswith("page: attribution.html\n")
 
 
+def test_stdout_need_not_have_every_letter_nor_a_reader_to_the_end(root: Path) -> None:
+    shutil.copy("mine.jpg", "\N{SNOWMAN}.jpg")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "attribution", "\N{SNOWMAN}.jpg"]
+    latin = {**environment, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=latin)
+    assert done.stdout.startswith("\\u2603.jpg\n")
+    Path("attribution.html").unlink()
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, check=True, env=environment
+    )
+    os.close(write)
+    assert done.stderr == ""
+    assert Path("attribution.html").exists()
+
+
 def test_captions_may_be_missing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = root / "data" / "world" / "exemplars.parquet"
     rows = pq.read_table(table)

@@ -103,7 +103,8 @@ class Repository:
     def environment(self) -> dict[str, str]:
         dropped = ("DVC_", "GIT_", "MLFLOW_", "PYTHON")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-        return inherited | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        of_git = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        return inherited | of_git | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def run(self, *command: str) -> str:
         done = subprocess.run(

@@ -82,10 +82,9 @@ def far_worlds(draw: st.DrawFn):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, dim = draw(st.sampled_from([1, 50, 97, 400])), draw(st.sampled_from([1, 3, 8, 17, 65]))
     count = draw(st.sampled_from([1, 2, 4, 5, 9, 17, 40]))
-    of_queries, of_rows = draw(st.integers(-149, 126)), draw(st.integers(-149, 120))
-    of_scores = draw(st.integers(-100, 100))
+    of_queries, of_scores = draw(st.integers(-149, 126)), draw(st.integers(-100, 100))
     apart = draw(st.sampled_from([0, 0.02, 1])) > rng.random(rows)
-    of_rows = of_rows + apart * rng.integers(-60, 60, rows)
+    of_rows = draw(st.integers(-149, 120)) + apart * rng.integers(-60, 60, rows)
     kind = draw(st.sampled_from(["normal", "alike", "sparse", "skewed"]))
     values = rng.standard_normal((rows, dim))
     if kind == "alike":
