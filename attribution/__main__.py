@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     try:
         text, page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
+        _tell(text)
         with atomic_path(options.page) as partial:
             partial.write_text(page, encoding="utf-8")
     except FORESEEN as error:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    _tell(f"{text}\npage: {_printable(str(options.page))}")
+    _tell(f"page: {_printable(str(options.page))}")
     return status
 
 

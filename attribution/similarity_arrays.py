@@ -137,7 +137,9 @@ def as_float32(values: np.ndarray, storage: str) -> np.ndarray:
 
 def thresholds(values: Any, queries: int) -> Float64[np.ndarray, "queries thresholds"]:
     """The thresholds are float64 and not NaN."""
-    array = np.ascontiguousarray(_numbers(values, "thresholds"), dtype=np.float64)
+    view, storage = _numpy(values, "thresholds")
+    numbers = as_float32(view, storage) if storage == "bfloat16" else view
+    array = np.ascontiguousarray(numbers, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] != queries:
         raise ValueError(f"thresholds: wanted [{queries} queries, thresholds], got {list(array.shape)}")
     if np.isnan(array).any():
@@ -147,9 +149,9 @@ def thresholds(values: Any, queries: int) -> Float64[np.ndarray, "queries thresh
 
 def ids(values: Any, queries: int, rows: int) -> Int64[np.ndarray, "queries ids"]:
     """The ids are gallery rows, or -1."""
-    array = _numbers(values, "ids")
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"ids: wanted integers, got {array.dtype}")
+    array, storage = _numpy(values, "ids")
+    if storage == "bfloat16" or array.dtype.kind not in "iu":
+        raise TypeError(f"ids: wanted integers, got {storage}")
     if array.ndim != 2 or array.shape[0] != queries:
         raise ValueError(f"ids: wanted [{queries} queries, ids], got {list(array.shape)}")
     if array.size and not (array.min() >= -1 and array.max() < rows):
@@ -191,12 +193,6 @@ def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
     if array.dtype.name == "bfloat16":  # of the ml_dtypes package
         return array.view(np.uint16), "bfloat16"
     return array, array.dtype.name if array.dtype.isnative else str(array.dtype)
-
-
-def _numbers(array: Any, name: str) -> np.ndarray:
-    """The array's values: bfloat16, which numpy lacks, as float32."""
-    view, storage = _numpy(array, name)
-    return as_float32(view, storage) if storage == "bfloat16" else view
 
 
 def open_rows(array: Any, name: str) -> tuple[np.ndarray, str]:

@@ -184,9 +184,6 @@ def machine() -> dict[str, str]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """The roofline: multiply-adds per processor second against those per byte of the gallery."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     limits = result["ceilings"]

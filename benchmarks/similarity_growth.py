@@ -160,9 +160,6 @@ def evaluation(rows: int, count: int) -> dict[str, Any]:
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))

@@ -47,9 +47,6 @@ def interval(value: float, low: float, high: float) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Recall@10 by the method a mapper was learned from (rows) and the method it is tested on (columns)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     backbones, methods = report["recall"], list(report["methods"])

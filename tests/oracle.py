@@ -84,7 +84,8 @@ def extremes() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         queries = np.zeros((40, 8))
         queries[:, 0] = query
         worlds[name] = queries, gallery, scale
-    worlds["long row without weight"] = worlds["long row"][0], worlds["long row"][1], scale * (scale == 1)
+    queries, gallery, scale = worlds["long row"]
+    worlds["long row without weight"] = queries, gallery, np.where(scale == 1, scale, 0)
 
     # Lengths that vanish when they are scaled, though their products with the queries do not.
     gallery = rng.standard_normal(64) * 2.0**-58 * (1 + 1e-7 * rng.standard_normal((4000, 64)))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -409,3 +412,9 @@ def test_places_are_drawn_at_random() -> None:
     assert sorted(places.tolist()) == list(range(10_000))
     assert not np.array_equal(places, draw_places(10_000, seed=1))
     assert 0.08 < (places[:1000] < 1000).mean() < 0.12
+
+
+def test_a_notebooks_plot_backend_does_not_matter() -> None:
+    command = [sys.executable, "-c", "import attribution.plots"]
+    inherited = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=inherited, check=True)

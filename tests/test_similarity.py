@@ -403,5 +403,5 @@ def test_thresholds_and_ids_of_bfloat16(impl: str) -> None:
     queries, gallery = np.ones((1, 1), np.float32), np.array([[1.0], [0.25]], np.float32)
     thresholds = torch.tensor([[0.5]], dtype=torch.bfloat16)
     assert similarity.count_larger(queries, gallery, thresholds, impl=impl)[0, 0] == 1
-    with pytest.raises(TypeError, match=r"ids: wanted integers, got float32"):
+    with pytest.raises(TypeError, match=r"ids: wanted integers, got bfloat16"):
         similarity.canonical_scores(queries, gallery, torch.ones((1, 1), dtype=torch.bfloat16), impl=impl)
