@@ -416,5 +416,5 @@ def test_places_are_drawn_at_random() -> None:
 
 def test_a_notebooks_plot_backend_does_not_matter() -> None:
     command = [sys.executable, "-c", "import attribution.plots"]
-    inherited = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
+    inherited = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run(command, cwd=Path(__file__).parents[1], env=inherited, check=True)
