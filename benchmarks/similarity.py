@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ import numpy as np
 
 from attribution import similarity
 from attribution.files import write_json
-from benchmarks.ceilings import Machine
+from benchmarks.ceilings import Machine, Pace
+from benchmarks.processors import keep_to_quietest
 from benchmarks.similarity_methods import Method, Search, methods, room
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,35 +41,50 @@ def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return made
 
 
-@dataclass
-class Attempts:
-    """Of one method: seconds on the wall and of the processors, and what the machine could do right before.
+STEADY = 0.1  # paces before and after an attempt that differ by less than this part of them
 
-    That is in 1e9 multiply-adds of the method's arithmetic per second and thread, 0 if it has none; in 1e9
-    bytes per processor second of one thread; and in 1e9 bytes per second of all threads.
+
+@dataclass(frozen=True)
+class Attempt:
+    """Seconds on the wall and of the processors, and what the machine could do right before and after."""
+
+    wall: float
+    processor: float
+    before: Pace
+    after: Pace
+
+    def steady(self) -> bool:
+        return self.before.near(self.after, STEADY)
+
+    def limits(self, threads: int, multiply_adds: float, bytes_read: float) -> tuple[float, float, float]:
+        """Seconds of the wall to multiply and to read at the faster of both paces, and of the processors."""
+        pace = self.before.faster(self.after)
+        multiply, read = multiply_adds / 1e9 / pace.gmacs, bytes_read / 1e9
+        processor = max(multiply, read / pace.read_gb)
+        return multiply / threads, read / pace.read_gb_all_threads, processor
+
+
+def summary(attempts: list[Attempt], threads: int, multiply_adds: float, bytes_read: float) -> dict[str, Any]:
+    """Of one method: the least times, what bounds it, and the median of limit / time taken, by either clock.
+
+    Attempts while the machine changed its pace count for the fractions only where hardly any others are.
     """
-
-    wall: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-    peak: list[float] = field(default_factory=list)
-    read_gb: list[float] = field(default_factory=list)
-    read_gb_all_threads: list[float] = field(default_factory=list)
-
-    def least(self) -> dict[str, float]:
-        return {"wall_seconds": min(self.wall), "processor_seconds": min(self.processor)}
-
-    def fractions(self, threads: int, multiply_adds: float, bytes_read: float) -> dict[str, Any]:
-        """What bounds the method, and the median of limit / time taken, by either clock."""
-        peak = np.array(self.peak)
-        arithmetic = np.divide(multiply_adds / 1e9, peak, out=np.zeros_like(peak), where=peak > 0)
-        memory, memory_all = (
-            bytes_read / 1e9 / np.array(read) for read in (self.read_gb, self.read_gb_all_threads)
-        )
-        return {
-            "bound": "memory" if np.median(memory_all - arithmetic / threads) > 0 else "arithmetic",
-            "fraction_wall": float(np.median(np.maximum(memory_all, arithmetic / threads) / self.wall)),
-            "fraction_processor": float(np.median(np.maximum(memory, arithmetic) / self.processor)),
-        }
+    steady = [attempt for attempt in attempts if attempt.steady()]
+    counted = steady if len(steady) >= 3 else attempts
+    multiply, read, processor = np.array(
+        [attempt.limits(threads, multiply_adds, bytes_read) for attempt in counted]
+    ).T
+    wall_taken = np.array([attempt.wall for attempt in counted])
+    processor_taken = np.array([attempt.processor for attempt in counted])
+    return {
+        "wall_seconds": min(attempt.wall for attempt in attempts),
+        "processor_seconds": min(attempt.processor for attempt in attempts),
+        "bound": "memory" if np.median(read - multiply) > 0 else "arithmetic",
+        "fraction_wall": float(np.median(np.maximum(multiply, read) / wall_taken)),
+        "fraction_processor": float(np.median(processor / processor_taken)),
+        "attempts": len(attempts),
+        "steady_attempts": len(steady),
+    }
 
 
 def processor_seconds() -> float:
@@ -96,7 +112,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     result = {
         "machine": machine(),
-        "ceilings": {**limits.arithmetic(), "threads": limits.threads},
+        "ceilings": {**limits.peaks, "threads": limits.threads},
         "instruction_set": similarity.load_extension().instruction_set(),
         "rows": rows,
     }
@@ -111,17 +127,20 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for count, k in itertools.product(options.queries, options.k):
             case = {"rows": options.rows, "dim": dim, "queries": count, "k": k}
             attempts = measure_case(options, limits, chosen, searches, all_queries[:count], k)
+            paces = [attempt.before for of_method in attempts.values() for attempt in of_method]
             reading = {
-                name: max(max(getattr(of_method, name)) for of_method in attempts.values())
+                name: max(getattr(pace, name) for pace in paces)
                 for name in ("read_gb", "read_gb_all_threads")
             }
             for method in chosen:
-                row = attempts[method.name].least() | case | reading
-                row |= {"influence": method.influence, "bytes_per_value": method.bytes_read(count)}
-                row |= {"method": method.name, "preparation_seconds": preparation[method.name]}
-                values = options.rows * dim
-                limit = (values * count, values * method.bytes_read(count))
-                rows.append(row | attempts[method.name].fractions(limits.threads, *limit))
+                values, per_value = options.rows * dim, method.bytes_read(count)
+                rows.append(
+                    {"method": method.name, "influence": method.influence, "bytes_per_value": per_value}
+                    | {"preparation_seconds": preparation[method.name]}
+                    | case
+                    | reading
+                    | summary(attempts[method.name], limits.threads, values * count, values * per_value)
+                )
             print_case(rows[-len(chosen) :])
             yield result
 
@@ -133,24 +152,19 @@ def measure_case(
     searches: dict[str, Search],
     queries: np.ndarray,
     k: int,
-) -> dict[str, Attempts]:
+) -> dict[str, list[Attempt]]:
     """All attempts of each method, in rounds."""
-    attempts = {method.name: Attempts() for method in chosen}
+    attempts: dict[str, list[Attempt]] = {method.name: [] for method in chosen}
     found: dict[str, np.ndarray] = {}
     end = time.perf_counter() + options.seconds
     for done in range(options.rounds):
         if done and time.perf_counter() > end:
             break
         for method in chosen:
-            one, several = limits.reading()
-            peaks = limits.arithmetic(repeats=1)
+            keep_to_quietest(options.threads)
+            before = limits.pace(method.arithmetic)
             wall, processor, found[method.name] = timed(searches[method.name], queries, k)
-            of_method = attempts[method.name]
-            of_method.wall.append(wall)
-            of_method.processor.append(processor)
-            of_method.peak.append(peaks[f"{method.arithmetic}_gmacs"] or peaks["float32_gmacs"])
-            of_method.read_gb.append(one)
-            of_method.read_gb_all_threads.append(several)
+            attempts[method.name].append(Attempt(wall, processor, before, limits.pace(method.arithmetic)))
     reference = found[chosen[0].name]
     for name, ids in found.items():
         # Rounded storage moves a few neighbours; who answers another question does not agree at all.
