@@ -61,7 +61,10 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a database in the repository that DVC runs for (also from a copy of it)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_root() / 'mlflow.db'}"
+    path = str(_root() / "mlflow.db")
+    if set("%?") & set(path):  # which a URL means otherwise, and MLflow neither way everywhere
+        path = os.path.relpath(path)
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
 def _log(metrics_path: Path, evaluation_dir: Path | None, history_path: Path | None) -> str:

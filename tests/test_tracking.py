@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,22 @@ def test_a_run_tells_of_which_world_it_is(root: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(world)
     run = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").get_run(str(log(world)))
     assert run.data.tags["world"] == "own"
+
+
+@pytest.mark.parametrize("name", ["jobs%2Fmain", "what?now"])
+def test_a_repository_may_have_any_name(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = root / name
+    write_result(odd)
+    monkeypatch.setenv("DVC_ROOT", str(odd))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-W", "ignore", "-m", "stages.tracking"]
+    said = subprocess.run(command, cwd=odd, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    assert "not logged" not in said.stdout
+    assert sorted(path.name for path in root.iterdir()) == [name]
+    with sqlite3.connect(f"{(odd / 'mlflow.db').as_uri()}?mode=ro", uri=True) as connection:
+        assert connection.execute("select count(*) from runs").fetchone() == (1,)
+    assert len(list(odd.rglob("plots/page.png"))) == 1
 
 
 def test_two_processes_that_write_first_at_once_lose_nothing(root: Path) -> None:
