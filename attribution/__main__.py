@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attribution.backbones import BackboneSettings, load_backbone
+from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
 from attribution.captions import describe
 from attribution.command import FORESEEN, in_a_line
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = 2
     if not thumbnails:
         return status
+    readable = len(thumbnails)
     try:
         text, page = _attribute_all(thumbnails, options.backbone, options.top, root=Path())
         _tell(text)
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return 130
     _tell(f"page: {_printable(str(options.page))}")
-    return status
+    return status if len(thumbnails) == readable else 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,7 +122,7 @@ def _page_path(text: str) -> Path:
 
 
 def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, root: Path) -> tuple[str, str]:
-    """The attributions of the pictures, as text and as a page."""
+    """The attributions of the pictures, as text and as a page. Drops those that the backbone cannot take."""
     params = root / "params.yaml"
     name = name or _first_backbone(params)
     settings = load_params(BackboneSettings, f"featurize.settings.{name}", params)
@@ -147,8 +148,7 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     distractors, exemplars = sets
     all_exemplars = exemplars.take(np.arange(len(exemplars)))
     gallery = Gallery(exemplars.image_ids, all_exemplars, distractors, np.arange(len(distractors)))
-    vectors = np.concatenate([backbone.encode([decode_image(path)]) for path in thumbnails])
-    queries = mapper.map_synth(vectors)
+    queries = mapper.map_synth(_encode(backbone, thumbnails))
     found = attribute_all(gallery, mapper, queries, {name: calibrator}, k=min(top, len(gallery)))[name]
     answers = [_answer(str(path), found, query, gallery) for query, path in enumerate(thumbnails)]
     shown = sorted({match.image_id for answer in answers for match in answer.matches})
@@ -159,6 +159,20 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     text = "\n".join(_as_text(answer, rows) for answer in answers)
     sections = [_as_html(*pair, rows) for pair in zip(answers, thumbnails.values(), strict=True)]
     return text, _page(name, sections)
+
+
+def _encode(backbone: Backbone, thumbnails: dict[Path, str]) -> np.ndarray:
+    """A row for each picture. One that is refused is told of, and dropped; raises ValueError if all are."""
+    vectors = []
+    for path in list(thumbnails):
+        try:
+            vectors.append(backbone.encode([decode_image(path)]))
+        except ImageError as error:
+            _complain(f"{path}: {error}")
+            del thumbnails[path]
+    if not vectors:
+        raise ValueError(f"no picture that {backbone.space.backbone} can take")
+    return np.concatenate(vectors)
 
 
 def _first_backbone(params: Path) -> str:

@@ -97,16 +97,8 @@ def link_features(
 
 def find_shards(source: Path) -> list[Shard]:
     """The shards in the order of their numbers, from `source` or its img_emb/ and metadata/."""
-    found = {
-        kind: {
-            int(match[1]): file
-            for folder in (source, source / subfolder)
-            for file in sorted(folder.glob(f"{kind}_*{suffix}"))
-            if (match := re.fullmatch(rf"{kind}_(\d+)\{suffix}", file.name))
-        }
-        for kind, subfolder, suffix in (("img_emb", "img_emb", ".npy"), ("metadata", "metadata", ".parquet"))
-    }
-    vectors, metadata = found["img_emb"], found["metadata"]
+    vectors = _numbered(source, "img_emb", ".npy")
+    metadata = _numbered(source, "metadata", ".parquet")
     if not vectors:
         raise FileNotFoundError(
             f"{source}: no img_emb_*.npy here or in img_emb/; wanted clip-retrieval's layout"
@@ -117,6 +109,18 @@ def find_shards(source: Path) -> list[Shard]:
             f"{lone}: no {'metadata' if alone[0] in vectors else 'img_emb'} of that number"
         )
     return [Shard(vectors[number], metadata[number]) for number in sorted(vectors)]
+
+
+def _numbered(source: Path, kind: str, suffix: str) -> dict[int, Path]:
+    """The files of one kind by their numbers. Raises ValueError for two of the same number."""
+    found: dict[int, Path] = {}
+    for folder in (source, source / kind):
+        for file in sorted(folder.glob(f"{kind}_*{suffix}")):
+            if match := re.fullmatch(rf"{kind}_(\d+)\{suffix}", file.name):
+                other = found.setdefault(int(match[1]), file)
+                if other != file:
+                    raise ValueError(f"{file}: {other} has the same number; do: take one of them away")
+    return found
 
 
 def said_missing(source: Path) -> str:
@@ -156,10 +160,14 @@ def _names(file: Path, rows: int, column: str | None) -> list[str]:
     chosen = next((name for name in wanted if name in present), None)
     if chosen is None:
         raise ValueError(f"{file}: no column {' or '.join(wanted)}; it has: {', '.join(present)}")
-    values = pq.read_table(file, columns=[chosen])[chosen]
+    try:
+        values = pq.read_table(file, columns=[chosen])[chosen]
+        names = values.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: column {chosen} is damaged: {' '.join(str(error).split())}") from error
     if len(values) != rows or values.null_count:
         raise ValueError(f"{file}: {len(values) - values.null_count} names in {chosen} for {rows} vectors")
-    return [str(value) for value in values.to_pylist()]
+    return [str(name) for name in names]
 
 
 def _check_unique(source: Path, image_ids: Sequence[str], names: Sequence[str]) -> None:
@@ -202,7 +210,7 @@ def _check_values(
             row = int(is_one.argmin())
             said = f"row {first + row} has length {lengths[row]:.4g}, but {space.backbone}'s are brought to 1"
             raise ValueError(f"{file}: {said}; do: normalized: null {do}")
-    if all_one and not wants_one:
+    if len(array) and all_one and not wants_one:
         said = f"all lengths are 1, as clip-retrieval makes them, but {space.backbone}'s are as they come"
         raise ValueError(f"{file}: {said}; do: normalized: true {do}")
     return digest.hexdigest(), same

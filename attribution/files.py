@@ -213,7 +213,11 @@ def _remove_abandoned(path: Path) -> None:
         names = [entry.name for entry in entries if entry.name.startswith(PARTIAL_PREFIX)]
     for name in names:
         match = mine.fullmatch(name)
-        if match and not _is_running(int(match[1])):
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] and not path.exists():  # ended between the two renames of _replace
+            path.with_name(name).rename(path)
+        else:
             _remove(path.with_name(name))
 
 

@@ -127,6 +127,9 @@ def _convert_dataclass(cls: type, value: Any, where: str) -> Any:
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    records = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if isinstance(value, dict) and len(records) == 1:
+        return _convert(records[0], value, where)  # which says what is wrong with it
     # Exact types first, so that an int given to `float | int` stays an int.
     for arg in sorted(args, key=lambda arg: type(value) is not arg):
         try:

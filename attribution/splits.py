@@ -47,6 +47,7 @@ def _counts(concepts: int, shares: Shares, lacking: Sequence[str]) -> list[int]:
     if concepts >= len(wanting):
         for i in wanting:
             if counts[i] == 0:
-                counts[counts.index(max(counts))] -= 1
+                spare = [count - (j in wanting) for j, count in enumerate(counts)]
+                counts[spare.index(max(spare))] -= 1
                 counts[i] = 1
     return counts

@@ -46,6 +46,12 @@ def run(
     what stopped the run.
     """
     wanted = read_concepts(exemplars, fresh=fresh)
+    largest = max(wanted, key=lambda concept: len(concept.exemplars), default=None)
+    if largest is not None and len(largest.exemplars) > params.views:
+        raise StageError(
+            f"customize: {largest.concept_id}: {len(largest.exemplars)} exemplars, but customize.views is "
+            f"{params.views}: nothing would be learned from the others; do: raise views"
+        )
     customizer = Customizer.of(params, base, wanted, customized)
     with alone_in(customized):
         finish_placing(customized)

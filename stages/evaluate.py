@@ -38,7 +38,8 @@ from attribution.similarity import Attribution
 from stages import tracking
 from stages.page import write_page
 
-# "own_kind": each kind of concept by the mapper that was trained on pairs of that kind alone.
+# "own_kind": each kind of concept by the mapper that was trained on pairs of that kind alone; where these
+# were too few for one, by the main one.
 OWN_KIND = {"own_kind": "mapper.safetensors", "own_kind_permuted": "permuted.safetensors"}
 FILES = {
     "mapped": "mapper.safetensors",
@@ -281,8 +282,8 @@ def main(backbone: str) -> None:
         picture_paths=[
             Path("data/world/exemplars.parquet"),
             Path("data/world/distractors"),
-            Path("data/synthesized"),
             Path("data/shipped/synthesized.parquet"),
+            Path("data/synthesized"),
         ],
         output_dir=output_dir,
         metrics_path=metrics_path,

@@ -6,8 +6,9 @@ Out:  data/features/<backbone>/{exemplars,queries,distractors}: feature sets of 
 Cost: about 15 s for 27,000 images of 64 x 64 and a small net on 2 CPU cores, a few seconds for pixels.
 
 Finished shards stay in data/features/.shards/<backbone>, named by the digest of their images, their space and
-the code that made them: a killed run goes on where it was, and one more exemplar costs one shard. The folder
-takes as much disk as the features at most, and may be deleted at any time. Whether the rest fits on
+the code that made them: a killed run goes on where it was, and images added to the end of a table cost one
+shard; those added before others cost the shards of these too. A second run of the backbone is refused. The
+folder takes as much disk as the features at most, and may be deleted at any time. Whether the rest fits on
 the disk is asked before anything is computed.
 
 Where a backbone has `ready_distractors`, these vectors are its distractors, opened where they lie
@@ -42,6 +43,7 @@ from attribution.images import decode_image, iterate_encoded, table_parts
 from attribution.params import load_params
 from attribution.same_model import check_model, least_cosine, pictures_of
 from stages.decoding import EncodedImage, PixelLoader, pixel_loader, prepare
+from stages.incremental import alone_in
 
 T = TypeVar("T")
 
@@ -330,18 +332,20 @@ def encode_side_by_side(
 def main(backbone: str) -> None:
     """Runs the stage for one backbone, from the repository's root."""
     data = Path("data")
-    line = run(
-        load_params(Params, "featurize"),
-        backbone,
-        exemplars=data / "world" / "exemplars.parquet",
-        distractors=data / "world" / "distractors",
-        queries=data / "queries.parquet",
-        synthesized=data / "synthesized",
-        shipped=data / "shipped" / "synthesized.parquet",
-        features=data / "features",
-        shards=data / "features" / ".shards",
-        root=Path(),
-    )
+    params, shards = load_params(Params, "featurize"), data / "features" / ".shards"
+    with alone_in(shards / backbone):
+        line = run(
+            params,
+            backbone,
+            exemplars=data / "world" / "exemplars.parquet",
+            distractors=data / "world" / "distractors",
+            queries=data / "queries.parquet",
+            synthesized=data / "synthesized",
+            shipped=data / "shipped" / "synthesized.parquet",
+            features=data / "features",
+            shards=shards,
+            root=Path(),
+        )
     print(line)
 
 

@@ -56,20 +56,19 @@ class Drawn:
 
 
 def read_synthesized(queries: Path, tables: Sequence[Path], concepts: Sequence[Concept]) -> Drawn:
-    """All synthesized images of the concepts, fresh and shipped."""
+    """All synthesized images of the concepts. One that is in several tables is as the last of them has it."""
     rows = pq.read_table(queries, columns=["image_id", "concept_id", "prompt"]).to_pylist()
     known = {row["image_id"]: row for row in rows}
     number = {concept.concept_id: row for row, concept in enumerate(concepts)}
-    found, prompts, pictures = [], [], []
+    pictures: dict[str, Image.Image] = {}
     for table in tables:
         for batch in iterate_images(table):
             for image_id, picture in batch:
-                row = known.get(image_id)
-                if row is not None and row["concept_id"] in number:
-                    found.append(number[row["concept_id"]])
-                    prompts.append(row["prompt"])
-                    pictures.append(picture)
-    return Drawn(np.array(found, dtype=np.int64), prompts, pictures)
+                if image_id in known and known[image_id]["concept_id"] in number:
+                    pictures[image_id] = picture
+    found = [number[known[image_id]["concept_id"]] for image_id in pictures]
+    prompts = [known[image_id]["prompt"] for image_id in pictures]
+    return Drawn(np.array(found, dtype=np.int64), prompts, list(pictures.values()))
 
 
 def control_samples(params: Params, base: BaseSettings, drawn: Drawn) -> Drawn:
@@ -182,7 +181,7 @@ def main() -> None:
         {name: load_params(BackboneSettings, f"featurize.settings.{name}") for name in params.backbones},
         exemplars=Path("data/world/exemplars.parquet"),
         queries=Path("data/queries.parquet"),
-        tables=[
+        tables=[  # an image that is drawn again, by another method perhaps, has the id of the shipped one
             Path("data/shipped/synthesized.parquet"),
             *sorted(Path("data/synthesized").glob("*.parquet")),
         ],

@@ -76,7 +76,7 @@ def choose_queries(queries: Queries, count: int) -> np.ndarray:
 def read_pictures(
     paths: Sequence[Path], image_ids: Collection[str], *, may_lack: Collection[str] = ()
 ) -> dict[str, Image.Image]:
-    """These images out of image tables (files or folders), grey those that may lack.
+    """These images out of image tables (files or folders), the last that has one; grey those that may lack.
 
     Raises ValueError naming another one that is not there.
     """

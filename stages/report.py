@@ -18,7 +18,8 @@ NO_WEIGHTS = ("pixels", "color_histogram", "untrained")
 LEGEND = (
     "Means with 95 % intervals, resampled by customized model. *Raw*: the backbone's features. *Whitening*: "
     "both sides whitened, no pairs. *Mapped*: one mapper from pairs of both kinds; *own kind*: one from "
-    "pairs of this kind alone. *Permuted*: the same training, each concept paired with another's exemplars. "
+    "pairs of this kind alone (that of both, where these are too few). *Permuted*: the same training, each "
+    "concept paired with another's exemplars. "
     "*Hard gallery*: the exemplars of all other concepts compete too."
 )
 RECALL_COLUMNS = ("raw", "whitening", "mapped", "permuted", "own_kind", "own_kind_permuted")

@@ -289,6 +289,15 @@ def test_a_loss_that_is_not_finite_is_named(stage: Callable) -> None:
         stage({"o1": CONCEPTS["o1"]}, training=replace(TRAINING, custom_diffusion=DIVERGES))
 
 
+def test_more_exemplars_than_views_are_refused(stage: Callable, tmp_path: Path) -> None:
+    """What no view shows would never be learned, and yet be judged as a source."""
+    concepts = {**CONCEPTS, "s2": [picture(seed) for seed in range(PARAMS.views + 1)]}
+    with pytest.raises(StageError, match=r"s2: 5 exemplars, but customize\.views is 4: .*; do: raise views"):
+        stage(concepts)
+    assert not (tmp_path / "customized").exists()
+    assert stage({"s2": concepts["s2"][1:]}).done == ["s2"]
+
+
 def test_exemplars_that_are_not_fresh_are_left_to_the_shipped_data(
     tmp_path: Path, base: BaseSettings
 ) -> None:

@@ -39,6 +39,7 @@ from stages.featurize import (
     read_encoded,
     run,
 )
+from stages.incremental import StageError, alone_in
 
 SETTINGS = BackboneSettings("pixels", None, None, 4, "float32", 3)
 PARAMS = Params(("pixels",), 4, {"pixels": SETTINGS})
@@ -243,6 +244,15 @@ def test_the_command_takes_its_backbone_and_says_its_rate(
     main("pixels")
     assert capsys.readouterr().out.startswith("featurize pixels: 27 images")
     assert FeatureSet.open(Path("data/features/pixels/queries")).select(["s2"]).shape == (1, 48)
+
+
+def test_a_second_run_of_a_backbone_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"backbones": ["pixels"], "shard_rows": 5, "settings": {"pixels": dataclasses.asdict(SETTINGS)}}
+    (data.parent / "params.yaml").write_text(yaml.safe_dump({"featurize": params}))
+    monkeypatch.chdir(data.parent)
+    with alone_in(Path("data/features/.shards/pixels")), pytest.raises(StageError, match="another run is at"):
+        main("pixels")
+    assert not Path("data/features/pixels").exists()
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 20])

@@ -134,6 +134,18 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_live_one_holds_is_not(
     assert names(tmp_path) == ["x"]
 
 
+def test_a_folder_that_a_kill_left_aside_takes_its_place_again(tmp_path: Path) -> None:
+    """Between the two renames that replace a folder, neither version has its name."""
+    dead = f".partial-{socket.gethostname()}-{2**22 + 1}-0"
+    for name, held in ((f"{dead}-old-x", "before"), (f"{dead}-x", "after")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "held").write_text(held)
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "x"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["x", "x/held"]
+    assert (tmp_path / "x" / "held").read_text() == "before"
+
+
 def test_partials_of_other_hosts_and_other_paths_stay(tmp_path: Path) -> None:
     host, dead = socket.gethostname(), 2**22 + 1  # above the largest process id
     others = [

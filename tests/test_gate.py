@@ -247,6 +247,21 @@ def test_synthesized_images_are_known_by_their_id(tmp_path: Path, monkeypatch: p
     assert found.concepts.tolist() == [1, 0, 0, 1]
 
 
+def test_images_drawn_again_take_the_place_of_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another method of customization gives its images the ids of the shipped ones."""
+    rows = [{"image_id": f"a{i}", "concept_id": "a", "prompt": f"a {i}"} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "queries.parquet")
+    tables = {Path("shipped"): [("a0", pictured(1)), ("a1", pictured(2))], Path("a"): [("a0", pictured(3))]}
+    monkeypatch.setattr(gate_customized, "iterate_images", lambda table: [tables[table]])
+    found = read_synthesized(tmp_path / "queries.parquet", list(tables), [concept("a")])
+    assert found.prompts == ["a 0", "a 1"]
+    assert [picture.getpixel((0, 0)) for picture in found.pictures] == [
+        pictured(value).getpixel((0, 0)) for value in (3, 2)
+    ]
+
+
 @pytest.mark.parametrize(
     ("customized", "base", "passed"),
     [(0.8, 0.5, True), (0.6, 0.5, False), (0.9, 0.85, False), (0.7, 0.7, False)],

@@ -130,6 +130,11 @@ def rename_all(folder: Path) -> None:
         pq.write_table(pq.read_table(file).rename_columns(["a", "b", "c"]), file)
 
 
+def no_text(folder: Path) -> None:
+    names = pa.array([b"caf\xe9", b"b", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"image_path": names}), folder / "metadata_4.parquet")
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (
         lambda one: (one / "metadata_4.parquet").unlink(),
@@ -171,6 +176,15 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda one: (one / "metadata_4.parquet").write_bytes(b"x"),
         r"metadata_4\.parquet: not a parquet",
     ),
+    "a number twice": (
+        lambda one: np.save(one / "img_emb_04.npy", np.load(one / "img_emb_4.npy")),
+        r"img_emb_4\.npy: .*img_emb_04\.npy has the same number",
+    ),
+    "a number twice, below": (
+        lambda one: write_shards(one, below=True),
+        r"img_emb/img_emb_0\.npy: .*img_emb_0\.npy has the same number",
+    ),
+    "no text": (no_text, r"metadata_4\.parquet: column image_path is damaged: .*utf-8"),
     "no names": (rename_all, r"metadata_0\.parquet: no column image_path or key or url; it has: a, b, c"),
 }
 
@@ -196,6 +210,15 @@ def test_what_is_not_whole_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         link_features(tmp_path / "ready", tmp_path / "out", SPACE)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_without_rows_says_nothing_of_lengths(tmp_path: Path) -> None:
+    vectors = write_shards(tmp_path / "ready", length=None)
+    change(tmp_path / "ready", 10, lambda rows: rows[:0])
+    file = tmp_path / "ready" / "metadata_10.parquet"
+    pq.write_table(pq.read_table(file)[:0], file)
+    linked = link_features(tmp_path / "ready", tmp_path / "out", PLAIN)
+    assert np.array_equal(linked.vectors(), vectors[:-3].astype(np.float32))
 
 
 def test_a_name_twice_and_an_empty_folder_are_refused(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ import yaml
 from PIL import Image
 
 from attribution.__main__ import main
-from attribution.backbones import BackboneSettings, load_backbone
+from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
 from attribution.features import FeatureSet, write_feature_set
-from attribution.images import decode_image, write_image_table
+from attribution.images import ImageError, decode_image, write_image_table
 from attribution.mapper import Mapper
 from tests.test_images import encode, png_of_size
 
@@ -191,6 +191,25 @@ def test_beside_a_bad_picture_the_good_one_is_answered(
     printed = capsys.readouterr()
     assert printed.err == "attribution: gone.png: no such file\n"
     assert rows_of(printed.out)[0][3] == "e100"
+
+
+def test_a_picture_that_the_backbone_refuses_is_one_line_too(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Backbone, images: list[Image.Image]) -> np.ndarray:
+        if images[0].width > 100 * images[0].height:
+            raise ImageError("sides too unequal")
+        return usual(self, images)
+
+    usual = Backbone.encode
+    monkeypatch.setattr(Backbone, "encode", refuse)
+    Image.new("RGB", (900, 2)).save(root / "strip.png")
+    assert main(["strip.png", "mine.jpg"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "attribution: strip.png: sides too unequal\n"
+    assert rows_of(printed.out)[0][3] == "e100"
+    assert main(["strip.png"]) == 2
+    assert capsys.readouterr().err.endswith("attribution: no picture that pixels can take\n")
 
 
 @pytest.mark.parametrize(

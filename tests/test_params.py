@@ -197,3 +197,17 @@ def test_null_may_go_unsaid_where_the_record_says_so(params_file: Path, said: di
     params_file.write_text(yaml.safe_dump({"train": {"size": 1, "revision": 3}}))
     with pytest.raises(ValueError, match=r"revision: wanted str or null, got 3"):
         load_params(Optional, "train", params_file)
+
+
+def test_a_mapping_that_may_be_null_says_what_is_wrong_inside(params_file: Path) -> None:
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Inner | None
+
+    params_file.write_text(yaml.safe_dump({"train": {"inner": {"sise": 4}}}))
+    with pytest.raises(ValueError, match=r"inner: unknown key sise; missing key size; wanted: size"):
+        load_params(Outer, "train", params_file)
+    for wrong in (3, "x"):
+        params_file.write_text(yaml.safe_dump({"train": {"inner": wrong}}))
+        with pytest.raises(ValueError, match=r"inner: wanted Inner or null, got"):
+            load_params(Outer, "train", params_file)

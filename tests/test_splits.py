@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -41,3 +42,22 @@ def test_of_three_concepts_every_split_gets_one(concepts: int) -> None:
     splits = assign_splits(entries(concepts, 0), Shares(0.9, 0.05, 0.05), seed=0)
     assert set(splits.values()) == {"train", "val", "test"}
     assert len(splits) == concepts
+
+
+def test_a_split_that_lacks_a_concept_takes_it_from_one_that_can_spare_it() -> None:
+    """One concept is in test by its table; of the two others, train and val need one each."""
+    given = [dataclasses.replace(one, split="test") for one in entries(1, 0)]
+    splits = assign_splits([*given, *entries(3, 0)[1:]], Shares(0.8, 0.1, 0.1), seed=0)
+    assert set(splits.values()) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("concepts", range(3, 12))
+@pytest.mark.parametrize("given", [(), ("test",), ("train", "val"), ("val", "val", "val")])
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0.1), (0.34, 0.33, 0.33), (0.1, 0.1, 0.8), (0.98, 0.01, 0.01)])
+def test_every_split_with_a_share_gets_one(
+    concepts: int, given: tuple[str, ...], shares: tuple[float, float, float]
+) -> None:
+    some = entries(concepts + len(given), 0)
+    named = [dataclasses.replace(one, split=split) for one, split in zip(some, given, strict=False)]
+    splits = assign_splits([*named, *some[len(given) :]], Shares(*shares), seed=0)
+    assert set(splits.values()) == {"train", "val", "test"}
