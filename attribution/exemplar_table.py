@@ -197,7 +197,8 @@ def _json_row(table: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    """Half of a character, which JSON may hold, is replaced."""
+    return "" if value is None else str(value).strip().encode(errors="replace").decode()
 
 
 def _words(name: str) -> str:

@@ -22,6 +22,7 @@ MAX_BYTES = 256 * 2**20
 # The shorter side of anything longer than this cannot be brought to the size that a backbone takes.
 MAX_ASPECT = 100
 SHRUNK_QUALITY = 95
+LONGEST_WEBP_SIDE = 16383
 IN_FLIGHT = 4  # pictures that wait for each worker
 # Formats in which several frames are an animation; in MPO, which phones write, they are views and thumbnails.
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
@@ -71,8 +72,9 @@ class Rules:
     animated: Literal["first_frame", "skip"]
 
     def __post_init__(self) -> None:
-        if self.longest_side is not None and self.longest_side < 1:
-            raise ValueError(f"longest_side: wanted 1 or more, or null, got {self.longest_side}")
+        if self.longest_side is not None and not 1 <= self.longest_side <= LONGEST_WEBP_SIDE:
+            wanted = f"wanted 1 to {LONGEST_WEBP_SIDE}, or null"
+            raise ValueError(f"longest_side: {wanted}, got {self.longest_side}")
 
 
 def take(picture: Picture, rules: Rules) -> Taken | Skipped:
@@ -135,8 +137,11 @@ def _result(waiting: Skipped | Future[Taken | Skipped]) -> Taken | Skipped:
 
 
 def _frames(data: bytes) -> int:
-    with Image.open(io.BytesIO(data)) as image:
-        return getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
+    except Exception:  # on corrupt bytes behind the first frame Pillow's decoders raise nearly anything
+        return 1
 
 
 def _shrunk(image: Image.Image, longest_side: int) -> bytes:

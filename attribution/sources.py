@@ -42,8 +42,10 @@ class Unit:
     names: tuple[str, ...]
 
     def key(self) -> str:
-        """Equal while the files have the same names, sizes and times of change."""
-        return content_key(self.kind, [[name, *_status(self.root / name)] for name in self.names])
+        """Equal while the files, and captions beside them, have the same names, sizes and times of change."""
+        files = [self.root / name for name in self.names]
+        captions = [file.with_suffix(".txt") for file in files if self.kind == "files"]
+        return content_key(self.kind, self.names, [_status(file) for file in [*files, *captions]])
 
     def size(self) -> int:
         """Bytes of its files: no less than its pictures take."""
@@ -134,16 +136,16 @@ def read_tar(root: Path, name: str) -> Iterator[Picture | Skipped]:
                     continue
                 where = f"{folder}/{key}" if folder else key
                 if sample and where != current:
-                    yield _sample(label(f"{name}#{current}"), sample)
+                    yield from _sample(label(f"{name}#{current}"), sample)
                     sample, samples = {}, samples + 1
                 current = where
                 sample[field.lower()] = _member(tar, member, label(f"{name}#{member.name}"))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, TypeError) as error:  # TypeError: no whole gzip header
         # The sample at the break may lack its picture or its caption.
         yield Skipped(label(name), "unreadable", f"the tar breaks off after {samples} samples: {error}")
         return
     if sample:
-        yield _sample(label(f"{name}#{current}"), sample)
+        yield from _sample(label(f"{name}#{current}"), sample)
 
 
 def read_parquet(root: Path, name: str) -> Iterator[Picture | Skipped]:
@@ -163,7 +165,7 @@ def read_parquet(root: Path, name: str) -> Iterator[Picture | Skipped]:
                 for row in batch.to_pylist():
                     done += 1
                     yield _row(name, done, row, image_column)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         yield Skipped(label(name), "unreadable", f"the parquet file breaks off after {done} rows: {text}")
 
@@ -185,7 +187,8 @@ def _status(path: Path) -> list[int]:
         status = path.stat()
     except OSError:  # a link to nothing
         return []
-    return [status.st_size, status.st_mtime_ns]
+    # Not the time of modification: it stays when a file becomes readable.
+    return [status.st_size, status.st_ctime_ns]
 
 
 def _walk(root: Path) -> tuple[list[str], list[Skipped]]:
@@ -225,18 +228,28 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, source: str) -> bytes
     return file.read()
 
 
-def _sample(source: str, fields: dict[str, bytes | Skipped]) -> Picture | Skipped:
+def _sample(source: str, fields: dict[str, bytes | Skipped]) -> Iterator[Picture | Skipped]:
     pictures = [field for field in fields if field.rpartition(".")[2] in PICTURE_FIELDS]
     if not pictures:
-        return Skipped(source, "no picture", f"only {', '.join(sorted(fields))}")
-    # x.jpg beside x.mask.png: the plain name is the picture.
-    data = fields[min(pictures, key=lambda field: field.count("."))]
-    if isinstance(data, Skipped):
-        return data
-    caption = fields.get("txt", fields.get("caption", b""))
-    if not caption and isinstance(record := fields.get("json"), bytes):
-        caption = _caption_of(record)
-    return Picture(source, data, "" if isinstance(caption, Skipped) else _text(caption))
+        yield Skipped(source, "no picture", f"only {', '.join(sorted(fields))}")
+        return
+    # x.jpg beside x.mask.png: the plain name is the picture. 2023.01.05.jpg, 2023.02.07.jpg: each is one.
+    least = min(field.count(".") for field in pictures)
+    plain: dict[str, str] = {}
+    for field in pictures:
+        if field.count(".") == least:
+            plain.setdefault(field[: field.rfind(".") + 1], field)
+    for start, field in plain.items():
+        data = fields[field]
+        if isinstance(data, Skipped):
+            yield data
+            continue
+        names = (f"{start}txt", f"{start}caption", "txt", "caption")
+        caption = next((fields[name] for name in names if name in fields), b"")
+        if not caption and isinstance(record := fields.get(f"{start}json", fields.get("json")), bytes):
+            caption = _caption_of(record)
+        where = source if len(plain) == 1 else f"{source}.{field}"
+        yield Picture(where, data, "" if isinstance(caption, Skipped) else _text(caption))
 
 
 def _row(name: str, number: int, row: dict[str, Any], image_column: str) -> Picture | Skipped:

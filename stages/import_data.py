@@ -72,6 +72,7 @@ class Params:
             raise ValueError(f"rows_per_part {self.rows_per_part}, workers {self.workers}: wanted 1 or more")
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"max_skipped_share: wanted a share of 1, got {self.max_skipped_share}")
+        _ = self.rules  # Rules checks its own
 
     @property
     def rules(self) -> Rules:

@@ -348,6 +348,18 @@ def test_animations_are_skipped_where_that_is_asked_for(own: Path) -> None:
     assert len(distractors(own)) == 10
 
 
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_what_breaks_off_behind_the_first_frame_is_one_frame(kind: str) -> None:
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)) for i in range(3)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    data = file.getvalue()
+    rules = intake.Rules(longest_side=None, animated="skip")
+    found = [intake.take(intake.Picture("x", data[:size]), rules) for size in range(len(data))]
+    assert {type(one) for one in found} == {intake.Taken, intake.Skipped}
+    assert intake.take(intake.Picture("x", data), rules) == intake.Skipped("x", "animated", "3 frames")
+
+
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("table", ["exemplars", "distractors"])
 def test_bad_pictures_are_skipped_with_their_reason(own: Path, table: str, name: str) -> None:
@@ -446,6 +458,30 @@ def test_captions_come_from_the_text_beside_a_picture(own: Path) -> None:
     captions = {row["source"]: row["caption"] for row in distractors(own)}
     assert captions["003.png"] == "a red car"
     assert captions["004.png"] == "004.png"
+    # A text that changes, or comes later, counts as the picture does.
+    (own / "own" / "distractors" / "003.txt").write_text("a blue car")
+    (own / "own" / "distractors" / "004.txt").write_text("a bus")
+    bring_in(own)
+    captions = {row["source"]: row["caption"] for row in distractors(own)}
+    assert (captions["003.png"], captions["004.png"]) == ("a blue car", "a bus")
+
+
+def test_a_picture_that_may_be_read_again_is_read_again(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read_bytes = own / "own" / "distractors" / "003.png", Path.read_bytes
+
+    def refuse(file: Path) -> bytes:
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return read_bytes(file)
+
+    path.chmod(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)  # root may read whatever the mode is
+        bring_in(own, max_skipped_share=0.1)
+    assert skipped(own) == {"003.png": ("unreadable", "cannot be read: Permission denied")}
+    path.chmod(0o644)
+    bring_in(own)
+    assert skipped(own) == {}
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
@@ -493,6 +529,31 @@ def test_webdataset_tars(own: Path) -> None:
     }
 
 
+def test_dotted_names_in_a_tar_are_pictures_of_their_own(own: Path) -> None:
+    """A sample's name ends at the first dot, so that all of a year's dates are one sample."""
+    members = {
+        "2023.01.05.png": picture(2101),
+        "2023.01.05.txt": b"a beach",
+        "2023.02.07.png": picture(2102),
+        "2023.02.07.depth.map.png": picture(2103),
+        "2023.03.09.png": b"",
+    }
+    write_tar(own / "own" / "tars" / "0.tar", members)
+    bring_in(own, distractors="own/tars", max_skipped_share=0.5)
+    captions = {row["source"]: row["caption"] for row in distractors(own)}
+    assert captions == {
+        "0.tar#2023.01.05.png": "a beach",
+        "0.tar#2023.02.07.png": "0.tar#2023.02.07.png",
+    }
+    assert skipped(own)["0.tar#2023.03.09.png"][1] == "empty (0 bytes)"
+
+
+def test_a_tar_that_ends_in_its_first_bytes_is_named(own: Path) -> None:
+    write(own / "own" / "distractors" / "x.tar.gz", b"\x1f\x8b\x08")
+    bring_in(own, max_skipped_share=0.1)
+    assert skipped(own)["x.tar.gz"][1].startswith("the tar breaks off after 0 samples: ")
+
+
 def test_a_tar_that_breaks_off_is_named_and_what_came_before_is_taken(own: Path) -> None:
     path = own / "own" / "tars" / "0.tar"
     write_tar(path, {f"{i}.png": picture(3000 + i, (40, 40)) for i in range(5)})
@@ -537,6 +598,17 @@ def test_a_file_that_is_no_parquet_is_named(own: Path) -> None:
     write(own / "own" / "distractors" / "x.parquet", b"nothing of the kind")
     bring_in(own, max_skipped_share=0.2)
     assert skipped(own)["x.parquet"][1].startswith("the parquet file breaks off after 0 rows: ")
+
+
+def test_captions_that_are_no_text_break_no_run(own: Path) -> None:
+    """A parquet file may hold bytes as text that are none, JSON half of a character."""
+    captions = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
+    rows = {"jpg": pa.array([picture(1), picture(2)], pa.binary()), "caption": captions}
+    pq.write_table(pa.table(rows), own / "own" / "distractors" / "x.parquet")
+    listed = [{**row, "caption": "cut \ud83d", "noun": "dog \ud83d"} for row in ROWS]
+    bring_in(own, exemplars=write_table(own, ".jsonl", listed), max_skipped_share=0.1)
+    assert skipped(own)["x.parquet"][1].startswith("the parquet file breaks off after 0 rows: 'utf-8' codec")
+    assert {(row["caption"], row["noun"]) for row in exemplars(own)} == {("cut ?", "dog ?")}
 
 
 def test_the_same_bytes_again_whatever_the_workers(
@@ -673,6 +745,8 @@ def test_one_more_concept_moves_two_others_at_most(own: Path) -> None:
         ({"rows_per_part": 0}, "rows_per_part 0, workers 2: wanted 1 or more"),
         ({"distractors": ""}, "exemplars, distractors: wanted paths"),
         ({"max_skipped_share": 1.5}, "max_skipped_share: wanted a share of 1"),
+        ({"longest_side": 0}, "longest_side: wanted 1 to 16383, or null, got 0"),
+        ({"longest_side": 17000}, "longest_side: wanted 1 to 16383, or null, got 17000"),
     ],
 )
 def test_params_out_of_range_are_refused(changes: dict, message: str) -> None:
