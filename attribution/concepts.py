@@ -73,13 +73,25 @@ def read_concepts(path: Path | str, *, fresh: bool | None = None) -> list[Concep
 def fill_prompt(template: str, texts: Mapping[str, str]) -> str:
     """`template` with the {names} of `texts` filled in, one space between words.
 
-    Raises ValueError for a name that is not known.
+    Raises ValueError for a name that is not known, and for braces that hold no name.
     """
-    for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None and name not in texts:
+    for name in prompt_names(template):
+        if name not in texts:
             known = ", ".join(sorted(texts))
             raise ValueError(f"prompt {template!r}: nothing to put for {{{name}}}; known: {known}")
     return " ".join(template.format(**texts).split())
+
+
+def prompt_names(template: str) -> list[str]:
+    """The {names} in the template. Raises ValueError for braces that hold more, or do not close."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"prompt {template!r}: {error}; wanted names in braces") from error
+    for _, name, form, conversion in parts:
+        if form or conversion:
+            raise ValueError(f"prompt {template!r}: wanted {{{name}}} alone, without : or !")
+    return [name for _, name, _, _ in parts if name is not None]
 
 
 def _concept(

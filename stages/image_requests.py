@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.concepts import Concept, fill_prompt
+from attribution.concepts import Concept, fill_prompt, prompt_names
 from attribution.customized_model import TOKEN
 from attribution.files import content_key
 from attribution.params import read_yaml, require_at_least
@@ -65,8 +65,8 @@ class Request:
 def read_prompts(folder: Path) -> Prompts:
     """Prompts by concept kind, prompt kind and split, from object.yaml and style.yaml.
 
-    Raises ValueError naming file and prompt for an unknown split, a prompt without {token}, a prompt in both
-    splits or twice in one, and a prompt kind that is missing.
+    Raises ValueError naming file and prompt for an unknown split, a prompt without {token} or with other
+    names than {token} and {noun}, a prompt in both splits or twice, and a prompt kind that is missing.
     """
     prompts = {}
     for kind, prompt_kinds in KINDS.items():
@@ -74,18 +74,21 @@ def read_prompts(folder: Path) -> Prompts:
         found = read_yaml(path)
         if not isinstance(found, dict) or sorted(found) != sorted(prompt_kinds):
             raise ValueError(f"{path}: wanted the prompt kinds {', '.join(prompt_kinds)}, got {found!r:.80}")
+        split_of: dict[str, str] = {}
         for prompt_kind, splits in found.items():
             where = f"{path}: {prompt_kind}"
             if not isinstance(splits, dict) or sorted(splits) != ["test", "train"]:
                 raise ValueError(f"{where}: wanted the lists train and test, got {splits!r:.80}")
-            for prompt in [*splits["train"], *splits["test"]]:
-                if "{token}" not in prompt:
-                    raise ValueError(f"{where}: {prompt!r}: wanted {{token}} in it")
-            if any(len(set(listed)) != len(listed) for listed in splits.values()):
-                raise ValueError(f"{where}: a prompt is listed twice")
-            both = sorted(set(splits["train"]) & set(splits["test"]))
-            if both:
-                raise ValueError(f"{where}: {both[0]!r} is both a train and a test prompt")
+            for split, listed in splits.items():
+                if not isinstance(listed, list):
+                    raise ValueError(f"{where}: {split}: wanted a list of prompts, got {listed!r:.80}")
+                for prompt in listed:
+                    _check_template(where, prompt)
+                    if split_of.get(prompt, split) != split:
+                        raise ValueError(f"{where}: {prompt!r} is both a train and a test prompt")
+                    if prompt in split_of:
+                        raise ValueError(f"{where}: {prompt!r} is listed twice")
+                    split_of[prompt] = split
         prompts[kind] = found
     return prompts
 
@@ -110,3 +113,14 @@ def choose(params: Params, concept: Concept, prompts: Prompts) -> list[Request]:
                 image_id = f"{concept.concept_id}-{content_key(prompt_kind, prompt, seed)}"
                 requests.append(Request(image_id, prompt_kind, prompt, split, seed))
     return requests
+
+
+def _check_template(where: str, template: Any) -> None:
+    if not isinstance(template, str):
+        raise ValueError(f"{where}: wanted a prompt, got {template!r:.80}")
+    try:
+        fill_prompt(template, {"token": TOKEN, "noun": ""})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if "token" not in prompt_names(template):
+        raise ValueError(f"{where}: {template!r}: wanted {{token}} in it")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attribution.augmentation import AugmentationSettings, draw_view
 from attribution.base_model import Pipeline, encode_images, latent_shape
-from attribution.concepts import Concept, fill_prompt
+from attribution.concepts import Concept, fill_prompt, prompt_names
 from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, content_key
 from attribution.images import decode_image
@@ -38,8 +38,9 @@ class Words:
     initializer: str
 
     def __post_init__(self) -> None:
-        if "{token}" not in self.prompt or "{token}" in self.prior_prompt:
+        if "token" not in prompt_names(self.prompt) or "token" in prompt_names(self.prior_prompt):
             raise ValueError("wanted {token} in prompt and not in prior_prompt")
+        fill_prompt(self.prior_prompt, {"noun": "", "kind": ""})
 
 
 @dataclass(frozen=True)

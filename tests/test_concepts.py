@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from attribution.concepts import fill_prompt, read_concepts
+from attribution.concepts import fill_prompt, prompt_names, read_concepts
 from attribution.images import write_image_table
 
 ROW = {
@@ -84,3 +84,20 @@ def test_prompts_are_filled() -> None:
     assert fill_prompt("a photo of {token} {noun} {place}", texts) == "a photo of <new1> car"
     with pytest.raises(ValueError, match=r"nothing to put for \{color\}; known: noun, place, token"):
         fill_prompt("a {color} {noun}", texts)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("a {token} {", r"prompt 'a \{token\} \{': .*; wanted names in braces"),
+        ("a {token} {noun", r"prompt 'a \{token\} \{noun': .*; wanted names in braces"),
+        ("a } {token}", r"prompt 'a \} \{token\}': .*; wanted names in braces"),
+        ("a {token} {noun:d}", r"\{noun:d\}': wanted \{noun\} alone, without : or !"),
+        ("a {token} {noun!r}", r"\{noun!r\}': wanted \{noun\} alone, without : or !"),
+    ],
+)
+def test_braces_that_hold_no_name_are_told(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill_prompt(template, {"token": "<new1>", "noun": "car"})
+    with pytest.raises(ValueError, match=message):
+        prompt_names(template)

@@ -93,3 +93,20 @@ def test_each_image_of_the_prior_is_another(pipe: StableDiffusionPipeline, tmp_p
     found = lesson(pipe, tmp_path, concept("object", pictures(1)))
     assert len(found.prior_latents) == 3
     assert (torch.pdist(found.prior_latents.flatten(1)) > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prior_prompt", "message"),
+    [
+        ("a {noun}", "a {noun}", r"wanted \{token\} in prompt and not in prior_prompt"),
+        ("a {{token}}", "a {noun}", r"wanted \{token\} in prompt and not in prior_prompt"),
+        ("a {token}", "a {token}", r"wanted \{token\} in prompt and not in prior_prompt"),
+        ("a {token} {noun", "a {noun}", r"prompt 'a \{token\} \{noun': "),
+        ("a {token} {noun:d}", "a {noun}", r"wanted \{noun\} alone"),
+        ("a {token} {place}", "a {noun", r"prompt 'a \{noun': "),
+        ("a {token} {place}", "a {place}", r"nothing to put for \{place\}; known: kind, noun"),
+    ],
+)
+def test_words_that_cannot_be_filled_in_are_refused(prompt: str, prior_prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Words(prompt, prior_prompt, "art")

@@ -225,7 +225,27 @@ def test_too_few_prompts_are_named(world: SimpleNamespace, tmp_path: Path) -> No
             {"train": ["{token}"], "test": ["{token}"]},
             r"gpt: '\{token\}' is both a train and a test prompt",
         ),
-        ("gpt", {"train": ["{token}", "{token}"], "test": []}, r"gpt: a prompt is listed twice"),
+        ("gpt", {"train": ["{token}", "{token}"], "test": []}, r"gpt: '\{token\}' is listed twice"),
+        (
+            "gpt",
+            {"train": [], "test": TEMPLATES["object"]["media"]["train"]},
+            r"'a painting of \{token\} \{noun\}' is both a train and a test prompt",
+        ),
+        (
+            "gpt",
+            {"train": TEMPLATES["object"]["media"]["train"], "test": []},
+            r"object.yaml: .*'a painting of \{token\} \{noun\}' is listed twice",
+        ),
+        ("gpt", {"train": None, "test": []}, r"gpt: train: wanted a list of prompts, got None"),
+        ("gpt", {"train": ["{token}", None], "test": []}, r"gpt: wanted a prompt, got None"),
+        ("gpt", {"train": [7], "test": []}, r"gpt: wanted a prompt, got 7"),
+        ("gpt", {"train": "{token}", "test": []}, r"gpt: train: wanted a list of prompts, got '\{token\}'"),
+        ("gpt", {"train": ["{token} {"], "test": []}, r"object.yaml: gpt: prompt '\{token\} \{': "),
+        (
+            "gpt",
+            {"train": ["{token} {place}"], "test": []},
+            r"gpt: prompt .*: nothing to put for \{place\}; known: noun, token",
+        ),
     ],
 )
 def test_bad_prompts_are_named(tmp_path: Path, kind: str, change: dict | None, message: str) -> None:
