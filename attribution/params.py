@@ -45,6 +45,9 @@ def read_yaml(path: Path | str) -> Any:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run from the repository's root") from None
+    except UnicodeDecodeError as error:
+        byte = f"a byte {error.object[error.start]:#x}"
+        raise ValueError(f"{path}: not UTF-8 ({byte} out of place); save it as UTF-8") from error
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -28,7 +28,7 @@ from attribution.evaluation import Intervals
 from attribution.features import FeatureSet
 from attribution.files import write_json
 from attribution.mapper import Mapper
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from attribution.queries import Queries, open_features, read_exemplars, read_queries
 from attribution.ranking import (
     average_precision,
@@ -54,6 +54,7 @@ class Params:
     def __post_init__(self) -> None:
         if self.block_rows < 1 or min(self.recall_at, default=0) < 1:
             raise ValueError(f"recall_at {self.recall_at}, block_rows {self.block_rows}: wanted 1 or more")
+        require_at_least(self, resamples=1, seed=0)
 
 
 def run(params: Params, backbone: str, *, folder: Path) -> str:

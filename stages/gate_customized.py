@@ -25,7 +25,7 @@ from attribution.concepts import Concept, read_concepts
 from attribution.customized_model import TOKEN
 from attribution.files import atomic_path, write_json
 from attribution.images import decode_image, iterate_images
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from attribution.ranking import bootstrap_interval
 from attribution.sampling import Sampler
 from stages.gate import sample_base, sample_grid
@@ -44,6 +44,11 @@ class Params:
     resamples: int
     sampler: Sampler
     wanted: float
+
+    def __post_init__(self) -> None:
+        if not self.backbones:
+            raise ValueError("backbones: wanted 1 or more, got none")
+        require_at_least(self, seed=0, control_prompts=1, images_per_batch=1, resamples=1)
 
 
 @dataclass(frozen=True)

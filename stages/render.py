@@ -20,7 +20,7 @@ from tqdm import tqdm
 from attribution.command import command_line
 from attribution.files import atomic_path, require_space, sha256_bytes
 from attribution.images import write_image_table
-from attribution.params import load_params
+from attribution.params import load_params, require_at_least
 from miniworld.captions import PLACES, describe_object, full_caption
 from miniworld.concepts import Counts, draw_concepts
 from miniworld.corpus import corpus_scene, process_map
@@ -39,6 +39,9 @@ class Params:
     distractors: int
     distractors_per_part: int
     workers: int
+
+    def __post_init__(self) -> None:
+        require_at_least(self, fresh_every=1, distractors_per_part=1)
 
 
 def picture(scene: Scene) -> bytes:

@@ -208,6 +208,21 @@ def test_the_control_is_of_the_same_concepts_without_the_word(monkeypatch: pytes
     assert len(set(told)) == 5
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbones": ()}, r"backbones: wanted 1 or more, got none"),
+        ({"resamples": 0}, "resamples: wanted 1 or more, got 0"),
+        ({"control_prompts": 0}, "control_prompts: wanted 1 or more, got 0"),
+        ({"images_per_batch": 0}, "images_per_batch: wanted 1 or more, got 0"),
+        ({"seed": -1}, "seed: wanted 0 or more, got -1"),
+    ],
+)
+def test_params_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(load_params(gate_customized.Params, "gate_customized"), **changes)
+
+
 def concept(name: str) -> Concept:
     return Concept(name, "object", "car", "test", True, (Exemplar(name, b"", {}),))
 

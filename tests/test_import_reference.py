@@ -493,8 +493,9 @@ def test_what_was_not_imported_is_named(tmp_path: Path) -> None:
 
 def test_params_yaml_is_complete() -> None:
     assert load_params(Params, "evaluate_reference").recall_at == (5, 10, 100)
-    with pytest.raises(ValueError, match="wanted 1 or more"):
-        dataclasses.replace(PARAMS, block_rows=0)
+    for name, value in {"block_rows": 0, "recall_at": (), "resamples": 0, "seed": -1}.items():
+        with pytest.raises(ValueError, match=rf"{name}.*: wanted \d or more"):
+            dataclasses.replace(PARAMS, **{name: value})
 
 
 def test_chance_and_intervals_are_those_of_sizes_and_models() -> None:

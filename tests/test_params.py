@@ -139,6 +139,12 @@ def test_a_wrong_file_is_refused_by_name(params_file: Path, text: str, message: 
     assert str(params_file) in str(error.value)
 
 
+def test_a_file_that_is_no_utf_8_is_named(params_file: Path) -> None:
+    params_file.write_bytes("# café\ntrain: {}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"\.yaml: not UTF-8 \(a byte 0xe9 out of place\); save it as UTF-8"):
+        load_params(Params, "train", params_file)
+
+
 def test_a_missing_file_says_where_to_stand(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml: no such file; run from the repository's root"):
         load_params(Params, "train", tmp_path / "gone.yaml")

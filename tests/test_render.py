@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ def test_distractors_are_the_first_pictures_of_the_corpus(world: Path) -> None:
     picture = np.asarray(decode_image(rows[4]["image"]))
     np.testing.assert_array_equal(picture, corpus_picture(3, 4))
     assert rows[4]["caption"] == corpus_captions(3, 4, 1)[0]
+
+
+@pytest.mark.parametrize("name", ["fresh_every", "distractors_per_part"])
+def test_params_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: wanted 1 or more, got 0"):
+        replace(PARAMS, **{name: 0})
 
 
 def test_same_bytes_again(world: Path, tmp_path: Path) -> None:
