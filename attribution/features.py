@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -124,13 +125,15 @@ class FeatureSet:
     @cached_property
     def image_ids(self) -> Shaped[np.ndarray, " rows"]:
         """All ids in the order of the vectors, at 4 bytes a character: of millions ask `ids_of`."""
-        ids = pq.read_table(self.path / "rows.parquet", columns=["image_id"])["image_id"]
+        with self._open_rows() as file:
+            ids = file.read(columns=["image_id"])["image_id"]
         return np.array(ids.to_pylist(), dtype=np.str_)
 
     @property
     def rows(self) -> pa.Table:
         """image_id and sha256, in the order of the vectors."""
-        return pq.read_table(self.path / "rows.parquet")
+        with self._open_rows() as file:
+            return file.read()
 
     def vectors(self) -> Float[np.ndarray, "rows dim"]:
         """All rows in memory, float32, un-normalized."""
@@ -187,10 +190,23 @@ class FeatureSet:
     def _id_blocks(self) -> Iterator[tuple[int, pa.StringArray]]:
         """All ids, some at a time, each time with the number of the first."""
         first = 0
-        with pq.ParquetFile(self.path / "rows.parquet") as file:
+        with self._open_rows() as file:
             for batch in file.iter_batches(ID_BLOCK, columns=["image_id"]):
                 yield first, batch.column("image_id")
                 first += len(batch)
+
+    @contextlib.contextmanager
+    def _open_rows(self) -> Iterator[pq.ParquetFile]:
+        """rows.parquet; inside, what pyarrow says of damage becomes a line that names it."""
+        path = self.path / "rows.parquet"
+        try:
+            with pq.ParquetFile(path) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the system's, of a file that may be whole
+                raise
+            do = f"run: dvc repro featurize@{self.space.backbone}"
+            raise ValueError(f"{path}: not a parquet file, or a damaged one; {do}") from error
 
 
 def write_feature_set(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ def read_image_table(path: Path | str, columns: Sequence[str] | None = None) -> 
     """All rows of a parquet file, or of the part-*.parquet files of a folder in the order of their names.
 
     Raises FileNotFoundError for a path to nothing, ValueError for a missing column or a file that is not
-    parquet.
+    parquet, or damaged.
     """
     tables = []
     for part in table_parts(path):
@@ -164,15 +165,20 @@ def table_parts(path: Path | str) -> list[Path]:
     return [path]
 
 
-def _open_part(part: Path, columns: Sequence[str]) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _open_part(part: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """The part with these columns; inside, what pyarrow says of damage becomes a line that names the part."""
     try:
-        file = pq.ParquetFile(part)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{part}: not a parquet file: {' '.join(str(error).split())}") from error
-    missing = [column for column in columns if column not in file.schema_arrow.names]
-    if missing:
-        raise ValueError(f"{part}: no column {', '.join(missing)}; got: {', '.join(file.schema_arrow.names)}")
-    return file
+        with pq.ParquetFile(part) as file:
+            names = file.schema_arrow.names
+            if missing := [column for column in columns if column not in names]:
+                raise ValueError(f"{part}: no column {', '.join(missing)}; got: {', '.join(names)}")
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, of a file that may be whole
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"{part}: not a parquet file, or a damaged one: {said}") from error
 
 
 def _repeated(rows: pa.Table) -> list[str]:

@@ -103,10 +103,12 @@ def _reason(names: Sequence[str], part: str) -> str:
 def _family(folder: Path) -> str:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder}: no {INDEX}; wanted a folder written by save_pretrained")
-    family = read_json(folder / INDEX).get("_class_name")
-    if family not in FAMILIES:
+    index = read_json(folder / INDEX)
+    family = index.get("_class_name") if isinstance(index, dict) else None
+    # Of a pipeline of one's own it is a list.
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{folder / INDEX}: a {family}; wanted one of {', '.join(FAMILIES)}")
-    return str(family)
+    return family
 
 
 def _names(folder: Path) -> list[str]:

@@ -144,11 +144,14 @@ def _read(file: Path) -> dict[str, Tensor]:
         # Training scripts like to keep their arguments beside the weights; a Namespace does nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             held: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         # PyTorch's own advice in this error is to load it unsafely.
         asked = re.search(r"Unsupported (?:global|operand|class).*? (\S+\.\S+)", str(error))
         reason = f"refused by the weights_only loader{f': it asks for {asked[1]}' if asked else ''}"
         raise ValueError(f"{file}: {reason}; wanted tensors alone") from error
+    except Exception as error:  # on a file that is cut the unpickler raises nearly anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{file}: not a file of torch.save: {said}") from error
     for key in _NESTED:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]

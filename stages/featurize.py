@@ -223,7 +223,8 @@ def link_ready(
 ) -> str:
     """Makes the feature set at `path` of the ready features but those of exemplars; returns what is known.
 
-    Raises ValueError where the dim, the dtype, the lengths or the pictures are not the backbone's.
+    Raises ValueError where the dim, the dtype, the lengths or the pictures are not the backbone's, and where
+    no features are left.
     """
     source, space = root / ready.folder, backbone.space
     with atomic_path(path) as partial:
@@ -231,6 +232,9 @@ def link_ready(
             source, partial, space, name_column=ready.name_column, apart_from=exemplars.vectors()
         )
         left_out = sum(len(shard["without"]) for shard in read_json(partial / "space.json")["shards"])
+        if not len(linked):
+            what = f"all {left_out:,} rows are of exemplars, and left out"
+            raise ValueError(f"{source}: {what}; wanted features of distractors")
         said = f"{len(linked):,} distractors ready made in {source}, {left_out:,} left out as exemplars, "
         pictures = pictures_of(linked, source, COMPARED)
         if not pictures:

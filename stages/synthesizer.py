@@ -84,8 +84,12 @@ class Synthesizer:
         """Whether its images are there and drawn with the model that is there now."""
         try:
             metadata = pq.read_schema(self.table(concept_id)).metadata or {}
-        except (FileNotFoundError, pa.ArrowInvalid):  # not there, or damaged
+        except (FileNotFoundError, pa.ArrowException):  # not there, or damaged
             return False
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            return False  # damaged, too: what the system itself says has a number
         return metadata.get(KEY) == self.keys[concept_id].encode()
 
     def draw(self, group: Sequence[str]) -> Summary:

@@ -211,6 +211,21 @@ def test_a_broken_set_is_refused_by_name(written: Path, name: str) -> None:
     assert "run: dvc repro featurize@clip" in str(error.value)
 
 
+def test_rows_with_a_damaged_body_are_refused_by_name(written: Path) -> None:
+    """Their record is whole, so that the set opens."""
+    data = (written / "rows.parquet").read_bytes()
+    (written / "rows.parquet").write_bytes(data[:4] + b"\xff" * 60 + data[64:])
+    opened = FeatureSet.open(written)
+    for read in (
+        lambda: opened.image_ids,
+        lambda: opened.rows,
+        lambda: opened.rows_of(IDS),
+        lambda: opened.ids_of(np.array([0])),
+    ):
+        with pytest.raises(ValueError, match=r"rows\.parquet: .*damaged.*; run: dvc repro featurize@clip"):
+            read()
+
+
 def test_another_backbone_is_refused_by_name(written: Path) -> None:
     with pytest.raises(
         ValueError, match=r"wanted features of dino, got those of clip; run: dvc repro featurize@dino"

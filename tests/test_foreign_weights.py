@@ -319,6 +319,20 @@ def test_a_checkpoint_without_weights_is_told(tmp_path: Path, held: Any, message
         read_weights(tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_is_cut_is_told(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"a": torch.zeros(4, 4)}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "w.pth").read_bytes()
+    said = set()
+    for size in range(0, len(whole), 7):
+        (tmp_path / "w.pth").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"w\.pth: (not a file of torch\.save|refused by the)") as error:
+            read_weights(tmp_path / "w.pth")
+        said.add(str(error.value))
+    assert any("w.pth: not a file of torch.save: " in one for one in said)
+    assert not any("\n" in one for one in said)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

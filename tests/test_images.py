@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from attribution.images import (
     ImageError,
     decode_image,
     find_rows,
+    iterate_encoded,
     iterate_images,
     read_image_table,
     table_parts,
@@ -335,6 +337,40 @@ def test_a_bad_image_in_a_table_is_named(tmp_path: Path) -> None:
     write_image_table(tmp_path / "t.parquet", rows)
     with pytest.raises(ImageError, match=r"t\.parquet: b: not an image"):
         list(iterate_images(tmp_path / "t.parquet"))
+
+
+def damaged_footer(data: bytes) -> bytes:
+    """A parquet file that ends as one does."""
+    length = int.from_bytes(data[-8:-4], "little")
+    return data[: -8 - length] + b"\xff" * length + data[-8:]
+
+
+def test_damaged_tables_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_image_table(path, table(*"abc"))
+    whole = path.read_bytes()
+    readers = (
+        read_image_table,
+        lambda path: list(iterate_encoded(path)),
+        lambda path: find_rows(path, ["a"]),
+    )
+    for damaged in (damaged_footer(whole), whole[:4] + b"\xff" * 60 + whole[64:]):
+        path.write_bytes(damaged)
+        for read in readers:
+            with pytest.raises(ValueError, match=r"t\.parquet: not a parquet file, or a damaged one: "):
+                read(path)
+
+
+def test_a_table_that_may_not_be_read_keeps_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_image_table(tmp_path / "t.parquet", table("a"))
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(PermissionError):
+        read_image_table(tmp_path / "t.parquet")
 
 
 def test_wrong_tables_are_named(tmp_path: Path) -> None:

@@ -156,6 +156,13 @@ def test_another_kind_of_pipeline_is_refused(folder: Path, name: str | None) -> 
         load_base(BaseSettings(str(folder), None, "cpu", "float32"))
 
 
+@pytest.mark.parametrize("index", [[], {"_class_name": ["pipeline", "MyPipeline"]}])
+def test_an_index_that_names_no_class_is_refused(folder: Path, index: Any) -> None:
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model_index\.json: a .*; wanted one of StableDiffusionPipeline"):
+        find_pipeline(str(folder), None)
+
+
 def test_pickled_weights_are_refused(folder: Path) -> None:
     for path in folder.glob("*/*.safetensors"):
         path.rename(path.with_suffix(".bin"))

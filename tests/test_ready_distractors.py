@@ -114,6 +114,20 @@ def test_a_name_that_no_file_can_have_is_no_picture(world: Path) -> None:
     run_stages(featurize)
 
 
+def test_features_of_exemplars_alone_are_refused(world: Path) -> None:
+    backbone = load_backbone(
+        "pixels", load_params(BackboneSettings, "featurize.settings.pixels"), root=Path()
+    )
+    own = pq.read_table("data/world/exemplars.parquet")["image"].to_pylist()
+    shutil.rmtree(FOLDER)
+    Path(FOLDER).mkdir()
+    vectors = backbone.encode([decode_image(one) for one in own[:3]]).astype(np.float16)
+    np.save(f"{FOLDER}/img_emb_0.npy", vectors)
+    pq.write_table(pa.table({"image_path": ["a", "b", "c"]}), f"{FOLDER}/metadata_0.parquet")
+    with pytest.raises(ValueError, match=rf"{FOLDER}: all 3 rows are of exemplars, and left out; wanted"):
+        run_stages(featurize)
+
+
 def metrics() -> dict[str, Any]:
     return json.loads(Path("metrics/pixels.json").read_text())
 

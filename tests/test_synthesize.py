@@ -35,6 +35,7 @@ from stages.synthesize import run
 from stages.synthesizer import KEY
 from tests import test_customize
 from tests.test_customize import CONCEPTS, picture, write_exemplars
+from tests.test_images import damaged_footer
 from tests.tiny import save_tiny_pipeline
 
 PARAMS = Params(
@@ -189,6 +190,25 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, world: SimpleNamespace) -
     synthesize_in(tmp_path, world)
     (tmp_path / "o2.parquet").write_bytes(b"")
     assert synthesize_in(tmp_path, world).done == ["o2"]  # type: ignore[attr-defined]
+    # pyarrow has another error for a footer that is there, but wrong.
+    whole = (tmp_path / "o1.parquet").read_bytes()
+    (tmp_path / "o1.parquet").write_bytes(damaged_footer(whole))
+    with pytest.raises(OSError, match="deserialize"):
+        pq.read_schema(tmp_path / "o1.parquet")
+    assert synthesize_in(tmp_path, world).done == ["o1"]  # type: ignore[attr-defined]
+    assert (tmp_path / "o1.parquet").read_bytes() == whole
+
+
+def test_a_table_that_may_not_be_read_is_not_made_again(
+    tmp_path: Path, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    synthesize_in(tmp_path, world)
+    monkeypatch.setattr(pq, "read_schema", refuse)
+    with pytest.raises(PermissionError):
+        synthesize_in(tmp_path, world)
 
 
 def test_a_model_that_is_missing_is_named(tmp_path: Path, world: SimpleNamespace) -> None:
