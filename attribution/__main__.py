@@ -21,7 +21,7 @@ from attribution.calibrator import Calibrator
 from attribution.captions import describe
 from attribution.command import FORESEEN, in_a_line
 from attribution.features import FeatureSet, check_same_space
-from attribution.files import atomic_path
+from attribution.files import atomic_path, read_json
 from attribution.gallery import Gallery, attribute_all
 from attribution.images import ImageError, decode_image, find_rows
 from attribution.mapper import Mapper
@@ -156,9 +156,10 @@ def _attribute_all(thumbnails: dict[Path, str], name: str | None, top: int, *, r
     rows = describe(distractors, shown)
     for table in (paths["distractor images"], paths["exemplar images"]):
         rows |= find_rows(table, shown, ("image", "caption"))
-    text = "\n".join(_as_text(answer, rows) for answer in answers)
+    sure = _how_sure(root / "metrics" / f"{name}.json")
+    text = "\n".join([*(_as_text(answer, rows) for answer in answers), *sure])
     sections = [_as_html(*pair, rows) for pair in zip(answers, thumbnails.values(), strict=True)]
-    return text, _page(name, sections)
+    return text, _page(name, [*sections, *(f"<p>{_escaped(line)}</p>" for line in sure)])
 
 
 def _encode(backbone: Backbone, thumbnails: dict[Path, str]) -> np.ndarray:
@@ -200,6 +201,24 @@ def _answer(name: str, found: Attribution, query: int, gallery: Gallery) -> Answ
     return Answer(name, matches, float(found.remainder[query]), others, len(gallery))
 
 
+def _how_sure(metrics: Path) -> list[str]:
+    """A line on how often such answers were right in the evaluation, if there was one."""
+    if not metrics.is_file():
+        return []
+    found = read_json(metrics)
+    tables = {kind: found[kind]["all"] for kind in ("object", "style") if kind in found}
+    recalls = ", ".join(
+        f"{table['mapped']['recall_at_10']:.1%} for {kind}s (by chance {chance:.2%})"
+        for kind, table in tables.items()
+        for chance in (table["chance"]["recall_at_10"],)
+    )
+    error = found["calibration"]["after"]["expected_calibration_error"]
+    return [
+        f"how sure: of the known sources of test images, the first 10 held {recalls}; "
+        f"influence given and influence due differed by {error:.1%} ({metrics})"
+    ]
+
+
 def _as_text(answer: Answer, rows: dict[str, dict[str, Any]]) -> str:
     width = max(len(match.image_id) for match in answer.matches)
     lines = [_printable(answer.name), f"  rank   score  influence  {'image':{width}}  kind        caption"]
@@ -223,13 +242,14 @@ def _as_html(answer: Answer, thumbnail: str, rows: dict[str, dict[str, Any]]) ->
     figures = [
         f'<figure><img src="{thumbnail}" alt="the picture"><figcaption>the picture</figcaption></figure>'
     ]
+    most = max(match.influence for match in answer.matches) or 1.0
     for match in answer.matches:
         row = rows.get(match.image_id)
         image = _embedded(decode_image(row["image"], name=match.image_id)) if row and "image" in row else ""
         caption = _escaped((row or {}).get("caption") or "")
         figures.append(
             f'<figure><img src="{image}" alt="{caption}">'
-            f'<div class="bar" style="width: {match.influence:.2%}"></div>'
+            f'<div class="bar" style="width: {match.influence / most:.2%}"></div>'
             f"<figcaption>{match.rank}. <b>{match.influence:.2%}</b>, score {match.score:.4f}<br>"
             f"{match.kind} {_escaped(match.image_id)}<br>{caption}</figcaption></figure>"
         )

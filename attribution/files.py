@@ -41,7 +41,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK):  # also where the disk is mounted read-only
-        raise PermissionError(errno.EACCES, f"{path.parent}: nothing can be written there")
+        raise PermissionError(errno.EACCES, f"{path.parent.resolve()}: nothing can be written there")
     _remove_abandoned(path)
     stem = f"{PARTIAL_PREFIX}{socket.gethostname()}-{os.getpid()}-{next(_serial)}"
     partial = path.with_name(f"{stem}-{path.name}")

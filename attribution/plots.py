@@ -14,7 +14,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from attribution.files import atomic_path
 from attribution.reliability import BIN_ENDS, Reliability
@@ -31,6 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 # tight_layout() would find them itself, for a second a figure.
 MARGINS = {"left": 0.1, "right": 0.97, "bottom": 0.13, "top": 0.83, "wspace": 0.08}
+ABOVE_LEGEND = {**MARGINS, "bottom": 0.27, "top": 0.85}
 TILE, GAP, TEXT = 96, 10, 30
 
 
@@ -68,8 +69,10 @@ def plot_curves(
     path: Path, panels: Mapping[str, Mapping[str, Curve]], *, title: str, x_label: str, y_label: str
 ) -> None:
     """The PNG shows one panel per kind, one line per variant, intervals shaded, over a logarithmic x."""
-    size = (5.2 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, gridspec_kw=MARGINS)
+    size = (5.2 * len(panels), 4.6)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, gridspec_kw=ABOVE_LEGEND
+    )
     ticks: Sequence[int] = next(iter(next(iter(panels.values())).values())).x
     for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
         for variant, curve in curves.items():
@@ -82,12 +85,15 @@ def plot_curves(
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(y_label)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
     _save(figure, path, title)
 
 
-def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str) -> None:
-    """The PNG shows influence due against influence claimed per bin and calibrator; area = influence."""
+def plot_reliability(path: Path, found: Mapping[str, Reliability], *, top: int, title: str) -> None:
+    """The PNG shows influence due against influence claimed per bin and calibrator; area = influence.
+
+    Both are of the `top` matches of each query.
+    """
     figure, axis = plt.subplots(figsize=(5.2, 4.4), gridspec_kw={**MARGINS, "left": 0.15})
     low = BIN_ENDS[0]
     axis.plot([low, 1], [low, 1], color="#777777", linestyle=":", label="as claimed")
@@ -100,7 +106,7 @@ def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str
             s=20 + 400 * claimed,
             color=color,
             alpha=0.7,
-            label=f"{name}: error {one.error:.3f}, beyond the shown {max(one.claimed[-1], 0):.0%}",
+            label=f"{name}: error {one.error:.3f}, beyond the first {top} {max(one.claimed[-1], 0):.0%}",
         )
     axis.set(xscale="log", yscale="log", xlim=(low, 1.3), ylim=(low / 1.3, 1.3))
     axis.minorticks_off()
@@ -110,22 +116,24 @@ def plot_reliability(path: Path, found: Mapping[str, Reliability], *, title: str
     _save(figure, path, title)
 
 
-def draw_page(path: Path, rows: Sequence[PageRow]) -> None:
+def draw_page(path: Path, rows: Sequence[PageRow], *, title: str) -> None:
     """The PNG shows one row per query: it, an own exemplar, its best matches; own exemplars are framed."""
     columns = 2 + max((len(row.matches) for row in rows), default=0)
     step, height = TILE + GAP, TILE + TEXT + GAP
-    page = Image.new("RGB", (columns * step + 3 * GAP, len(rows) * height + TEXT), "white")
+    page = Image.new("RGB", (columns * step + 3 * GAP, len(rows) * height + 2 * TEXT), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    draw.text((_left(0), 8), title, fill="black", font=font)
     for column, name in enumerate(
         ("query", "own exemplar", "best match", "2nd", "3rd", "4th", "5th")[:columns]
     ):
-        draw.text((_left(column), 8), name, fill="black", font=font)
+        draw.text((_left(column), TEXT + 8), name, fill="black", font=font)
     for number, row in enumerate(rows):
-        top = TEXT + number * height
+        top = 2 * TEXT + number * height
         for column, picture in enumerate(
             (row.query, row.exemplar, *(match.picture for match in row.matches))
         ):
-            page.paste(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), (_left(column), top))
+            tile = ImageOps.pad(picture, (TILE, TILE), Image.Resampling.BICUBIC, color="white")
+            page.paste(tile, (_left(column), top))
         draw.text((_left(0), top + TILE + 2), row.caption, fill="black", font=font)
         for column, match in enumerate(row.matches, start=2):
             left = _left(column)

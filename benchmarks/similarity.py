@@ -202,7 +202,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     limits = result["ceilings"]
     read_gb = max(row["read_gb"] for row in result["rows"])
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure, axes = pyplot.subplots(figsize=(11, 6))
     axes.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
     intensity = np.geomspace(0.2, 1024, 200)
     for name in ("float32", "bfloat16", "int8"):
@@ -216,7 +216,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(x, y, "o" if name.startswith("ours") else "x", label=name)
     axes.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of the gallery")
     axes.set_ylabel("1e9 multiply-adds per processor second, one thread's limits")
-    axes.legend(fontsize=7)
+    sizes = " and ".join(str(dim) for dim in sorted({row["dim"] for row in result["rows"]}))
+    axes.set_title(f"{result['rows'][0]['rows']:,} rows of {sizes}, every k", fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -145,13 +145,15 @@ def run(
         write_attributions(partial / "attributions.parquet", queries, gallery, after, ranks["mapped"].hard)
         write_recall_at_k(partial, backbone, ranks, queries, own_size, params)
         plot_gallery_size(partial / "gallery_size.png", backbone, ranks, queries, params)
-        plot_reliability(partial / "reliability.png", claims, title=f"{backbone}: influence, claimed and due")
+        title = f"{backbone}: influence, claimed and due"
+        plot_reliability(partial / "reliability.png", claims, top=after.ids.shape[1], title=title)
         write_page(
             partial / "page.png",
             queries,
             gallery,
             after,
             picture_paths,
+            backbone=backbone,
             rows=params.page_queries,
             blanks=distractor_set.is_ready_made,
         )

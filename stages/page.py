@@ -24,6 +24,7 @@ def write_page(
     attribution: Attribution,
     picture_paths: Sequence[Path],
     *,
+    backbone: str,
     rows: int,
     blanks: bool = False,
 ) -> None:
@@ -34,6 +35,7 @@ def write_page(
     chosen = choose_queries(queries, rows)
     best = min(BEST, attribution.ids.shape[1], len(gallery))
     matches = attribution.ids[chosen, :best]
+    remainders = 1 - attribution.influence[chosen, :best].sum(axis=1)
     match_ids = gallery.image_ids(matches)
     own_ids = gallery.exemplar_ids[queries.own[chosen, 0]]
     wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *match_ids.ravel().tolist()}
@@ -45,7 +47,7 @@ def write_page(
             PageRow(
                 query=pictures[queries.image_ids[query]],
                 exemplar=pictures[own_id],
-                caption=f"{queries.kinds[query]}, remainder {attribution.remainder[query]:.0%}",
+                caption=f"{queries.kinds[query]}, remainder {beyond:.0%}",
                 matches=[
                     Match(
                         picture=pictures[match_id],
@@ -56,8 +58,11 @@ def write_page(
                     for place, (item, match_id) in enumerate(zip(items, ids, strict=True))
                 ],
             )
-            for query, own_id, items, ids in zip(chosen, own_ids, matches, match_ids, strict=True)
+            for query, own_id, items, ids, beyond in zip(
+                chosen, own_ids, matches, match_ids, remainders, strict=True
+            )
         ],
+        title=f"{backbone}. Below a match: its influence (and score). Framed: an own exemplar.",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -186,8 +187,13 @@ def backfill(metrics_dir: Path, evaluations_dir: Path, mappers_dir: Path) -> dic
 
 
 def main() -> None:
-    for backbone, run_id in backfill(Path("metrics"), Path("data/evaluation"), Path("data/mappers")).items():
+    runs = backfill(Path("metrics"), Path("data/evaluation"), Path("data/mappers"))
+    for backbone, run_id in runs.items():
         print(f"{backbone}: {run_id or 'not logged'}")
+    if not runs:
+        raise FileNotFoundError("metrics: no results there; run from the repository's root, after: dvc repro")
+    if None in runs.values():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from attribution.__main__ import main
 from attribution.backbones import Backbone, BackboneSettings, load_backbone
 from attribution.calibrator import Calibrator
 from attribution.features import FeatureSet, write_feature_set
+from attribution.files import write_json
 from attribution.images import ImageError, decode_image, write_image_table
 from attribution.mapper import Mapper
 from tests.test_images import encode, png_of_size
@@ -191,6 +192,31 @@ def test_beside_a_bad_picture_the_good_one_is_answered(
     printed = capsys.readouterr()
     assert printed.err == "attribution: gone.png: no such file\n"
     assert rows_of(printed.out)[0][3] == "e100"
+
+
+def test_the_evaluation_says_how_sure_the_answers_are(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"mapped": {"recall_at_10": 0.25}, "chance": {"recall_at_10": 0.0005}}
+    metrics = {"object": {"all": found}, "calibration": {"after": {"expected_calibration_error": 0.043}}}
+    assert main(["mine.jpg"]) == 0
+    assert "how sure" not in capsys.readouterr().out
+    write_json(root / "metrics" / "pixels.json", metrics)
+    assert main(["mine.jpg"]) == 0
+    wanted = (
+        "how sure: of the known sources of test images, the first 10 held 25.0% for objects "
+        "(by chance 0.05%); influence given and influence due differed by 4.3% (metrics/pixels.json)"
+    )
+    assert wanted in capsys.readouterr().out.splitlines()
+    assert f"<p>{wanted}</p>" in (root / "attribution.html").read_text()
+
+
+def test_bars_are_as_long_as_influence_is_large(root: Path) -> None:
+    """The best match's is whole: shares of a gallery of thousands would not be seen."""
+    assert main(["mine.jpg", "--top", "5"]) == 0
+    page = (root / "attribution.html").read_text()
+    widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", page)]
+    shares = [float(share) for share in re.findall(r"<b>([\d.]+)%</b>", page)]
+    assert len(widths) == len(shares) == 5
+    assert widths == pytest.approx([100 * share / shares[0] for share in shares], abs=0.2)
 
 
 def test_a_picture_that_the_backbone_refuses_is_one_line_too(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.tracking import backfill, headline, log_result, tracking_uri
+from stages.tracking import backfill, headline, log_result, main, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -160,6 +160,20 @@ def test_the_environment_names_the_server(root: Path, monkeypatch: pytest.Monkey
     assert tracking_uri() == f"sqlite:///{root / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert tracking_uri() == "http://127.0.0.1:9"
+
+
+def test_the_command_fails_where_nothing_is_logged(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    with pytest.raises(FileNotFoundError, match="metrics: no results there; run from the repository's root"):
+        main()
+    write_result(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://x")
+    with pytest.warns(RuntimeWarning, match="not mirrored"), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().out == "clip: not logged\n"
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "no-such-scheme://x"])
