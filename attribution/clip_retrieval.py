@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
-from attribution.features import DTYPES, LENGTH_ONE, FeatureSet, Space, length_one
+from attribution.features import BAD_HEADER, DTYPES, LENGTH_ONE, FeatureSet, Space, length_one
 from attribution.files import atomic_path, require_space, sha256_bytes, write_json
 
 # Columns of the metadata that name a picture, the first that is there.
@@ -138,7 +138,7 @@ def said_missing(source: Path) -> str:
 def _open(file: Path, space: Space) -> np.memmap:
     try:
         array = np.lib.format.open_memmap(file, mode="r")
-    except ValueError as error:
+    except BAD_HEADER as error:
         raise ValueError(f"{file}: not a .npy file that can be mapped: {error}") from error
     if array.ndim != 2 or array.shape[1] != space.dim or str(array.dtype) not in DTYPES:
         wanted = f"[rows, {space.dim}] of {' or '.join(DTYPES)} for {space.backbone}"

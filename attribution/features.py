@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from attribution.files import atomic_path, read_json, sha256_file, write_json
 DTYPES = ("float32", "float16")
 # At the end of a space's preprocessing: its vectors were brought to length 1.
 LENGTH_ONE = "; then length 1"
+BAD_HEADER = (ValueError, SyntaxError, tokenize.TokenError)  # what numpy raises where one is damaged
 BLOCK = 8192  # rows in memory at a time, where not all are
 ID_BLOCK = 1 << 18  # ids in memory at a time, where not all are
 
@@ -324,7 +326,7 @@ def _open_shard(file: Path, written: dict[str, Any], space: Space, verify: bool,
     try:
         # A shard without rows cannot be mapped (numpy refuses to map no bytes), so none is ever written.
         shard = np.lib.format.open_memmap(file, mode="r")
-    except ValueError as error:
+    except BAD_HEADER as error:
         raise ValueError(f"{file}: not a .npy file: {error}; {do}") from error
     if shard.shape != (written["rows"], space.dim) or shard.dtype != np.dtype(space.dtype):
         wanted = f"{space.dtype} [{written['rows']}, {space.dim}]"

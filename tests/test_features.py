@@ -147,9 +147,10 @@ def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     np.save(path / "img_emb_1.npy", change(np.load(path / "img_emb_1.npy")))
 
 
-def damage_header(path: Path) -> None:
+def damage_header(path: Path, old: bytes = b"\x93NUM", new: bytes = b"junk") -> None:
     data = (path / "img_emb_1.npy").read_bytes()
-    (path / "img_emb_1.npy").write_bytes(b"junk" + data[4:])
+    assert old in data
+    (path / "img_emb_1.npy").write_bytes(data.replace(old, new, 1))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -178,6 +179,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard of another dtype": (lambda path: rewrite(path, lambda x: x.view(np.int32)), r"got int32 \[3, 5\]"),
     "truncated shard": (lambda path: (path / "img_emb_1.npy").write_bytes(b""), "0 bytes, wanted 188"),
     "not a shard": (damage_header, "img_emb_1.npy: not a .npy file"),
+    "a shape that does not close": (
+        lambda path: damage_header(path, b")", b" "),
+        "img_emb_1.npy: not a .npy file",
+    ),
     "not finite by its record": (
         lambda path: change_record(path, finite=False),
         "values that are not finite",

@@ -125,6 +125,10 @@ def append(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"more")
 
 
+def write_over(file: Path, old: bytes, new: bytes) -> None:
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+
 def rename_all(folder: Path) -> None:
     for file in folder.glob("metadata_*.parquet"):
         pq.write_table(pq.read_table(file).rename_columns(["a", "b", "c"]), file)
@@ -162,6 +166,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no npy": (
         lambda one: (one / "img_emb_4.npy").write_bytes(b"x" * 200),
+        r"img_emb_4\.npy: not a \.npy file",
+    ),
+    "no shape": (
+        lambda one: write_over(one / "img_emb_4.npy", b")", b" "),
         r"img_emb_4\.npy: not a \.npy file",
     ),
     "by columns": (
