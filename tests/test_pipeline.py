@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
         "object": {"initializer": "tree"},
         "style": {"initializer": "picture"},
         "concepts_per_batch": 1,
-        "views": 2,
+        "views": 16,
         "prior_images": 2,
         "training": {"custom_diffusion": {"steps": 2}, "lora": {"steps": 2}},
         "prior_sampler": {"steps": 2},
