@@ -46,9 +46,11 @@ def text_weights(
 def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]:
     """Each model's own UNet for its own samples, one model at a time.
 
-    Raises ValueError for a base that checkpoints gradients: what is made again on the way back would be made
-    with the weights of the base.
+    Raises ValueError for weights that are not those of the UNet, one for one; and for a base that checkpoints
+    gradients: what is made again on the way back would be made with the weights of the base.
     """
+    if others := weights.keys() ^ {name for name, _ in unet.named_parameters()}:
+        raise ValueError(f"dreambooth: wanted each weight of the base's UNet, no other; but {min(others)}")
     if getattr(unet, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
         raise ValueError("dreambooth: wanted base.memory.checkpoint_gradients: false")
     with text_attention(unet) as predict:

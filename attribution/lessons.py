@@ -122,8 +122,8 @@ def train(
 class LossScale:
     """Keeps the gradients of a float16 base in its range: each model's loss has a factor of its own.
 
-    A model whose gradients overflow learns nothing in that step, and its factor is halved. Factors are powers
-    of two: where nothing overflows or vanishes they change nothing.
+    A model whose gradients overflow learns nothing from that step, in which its momentum moves it on, and its
+    factor is halved. Factors are powers of two: where nothing overflows or vanishes they change nothing.
     """
 
     def __init__(self, models: int, device: torch.device, start: float = 4096.0) -> None:

@@ -9,6 +9,7 @@ has them, with alpha = rank.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from attribution.cross_attention import Conditioning, Predict, base_projections, text_attention
@@ -54,7 +56,12 @@ def text_weights(
 
 @contextlib.contextmanager
 def network(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Predict]:
-    """The base, with each sample's own part added to every other projection."""
+    """The base, with each sample's own part added to every other projection.
+
+    Raises ValueError for weights of other layers, and for layers without any.
+    """
+    if others := weights.keys() ^ {name + end for name in _projections(unet) for end in (_A, _B)}:
+        raise ValueError(f"lora: wanted A and B of each attention layer, no other; but {min(others)}")
     chosen: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
@@ -84,7 +91,8 @@ def write(folder: Path, weights: Mapping[str, Tensor], unet: nn.Module, dtype: t
 def read(folder: Path) -> dict[str, Tensor]:
     """A and B as float32, whoever wrote them.
 
-    Raises ValueError naming file and key that does not belong, an alpha among them: ours is the rank.
+    Raises ValueError naming file and key that does not belong, such as an alpha, and for another alpha than
+    the rank in what diffusers writes beside them.
     """
     path = folder / WEIGHTS
     weights = {}
@@ -97,6 +105,11 @@ def read(folder: Path) -> dict[str, Tensor]:
         weights[name.removeprefix(_PREFIX)] = tensor.float()
     if not weights:
         raise ValueError(f"{path}: no key ends in {_A}")
+    with safe_open(path, framework="pt") as file:
+        said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    rank, alpha = said.get("unet.r"), said.get("unet.lora_alpha")
+    if alpha != rank or any(said.get(f"unet.{name}") for name in ("alpha_pattern", "use_rslora")):
+        raise ValueError(f"{path}: wanted lora_alpha equal to r everywhere, got {alpha} and {rank}")
     return weights
 
 

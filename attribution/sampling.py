@@ -35,13 +35,16 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: wanted at least 1, got {self.steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: wanted 0 to 1, got {self.eta}")
         if self.scheduler != "ddim" and self.eta:
             raise ValueError(f"eta: only ddim has it; wanted 0 for {self.scheduler}, got {self.eta}")
 
     def build(self, config: Mapping[str, Any]) -> DDIMScheduler | DPMSolverMultistepScheduler:
         """diffusers' own scheduler with the noise schedule of `config`."""
         if self.scheduler == "ddim":
-            return DDIMScheduler.from_config(config)
+            # Latents reach beyond [-1, 1]. Configs of other schedulers do not say that they may.
+            return DDIMScheduler.from_config(config, clip_sample=False)
         return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 

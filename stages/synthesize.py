@@ -87,12 +87,17 @@ def synthesize_all(synthesizer: Synthesizer, pending: Sequence[str], summary: Su
         worker_map(min(params.workers, len(groups))) as each,
         tqdm(total=sum(images.values()), desc="synthesize", unit="image", disable=None) as progress,
     ):
-        for group, part in zip(groups, each(synthesizer.draw, groups), strict=True):
+        for group, part in zip(groups, each(draw_all, map(synthesizer.part, groups)), strict=True):
             summary.add(part)
             progress.update(sum(images[concept_id] for concept_id in group))
             new -= {*part.done, *part.failed}
             if part.done:
                 room_for(len(new), "tables of images", like=synthesizer.table(part.done[0]))
+
+
+def draw_all(part: Synthesizer) -> Summary:
+    """Draws all that is requested of a part."""
+    return part.draw(list(part.requests))
 
 
 def main() -> None:

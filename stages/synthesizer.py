@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,11 @@ class Synthesizer:
                 keys[concept_id] = content_key(shared, delta, wanted)
         return cls(params, base, keys, without, dict(requests), customized, synthesized)
 
+    def part(self, group: Sequence[str]) -> Synthesizer:
+        """What drawing a group needs of this, for another process."""
+        keys, requests = {one: self.keys[one] for one in group}, {one: self.requests[one] for one in group}
+        return replace(self, keys=keys, requests=requests, without={})
+
     def table(self, concept_id: str) -> Path:
         """Where its images are, or will be."""
         return self.synthesized / f"{concept_id}.parquet"
@@ -125,6 +130,8 @@ def draw(
         for request in mine
     ]
     stack = ModelStack.of(models)
+    if other := next((one.prompt for one in drawings if stack.token not in one.prompt), None):
+        raise ValueError(f"prompt {other!r}: wanted {stack.token} in it, which the model knows")
     try:
         latents = draw_fitting(
             pipe, stack, drawings, params.sampler, params.images_per_batch, where="synthesize"

@@ -39,7 +39,7 @@ class Schedule:
         """The learning rate of a step."""
         decay_steps = max(1, int(self.decay_fraction * self.steps))
         return self.learning_rate * min(
-            1.0, (step + 1) / self.warmup_steps, (self.steps - step) / decay_steps
+            1.0, (step + 1) / max(1, self.warmup_steps), (self.steps - step) / decay_steps
         )
 
 

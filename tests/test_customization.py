@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,3 +212,40 @@ def test_models_that_do_not_belong_together_do_not_stack(pipe: StableDiffusionPi
     ):
         with pytest.raises(ValueError, match=message):
             ModelStack.of([mine, other])
+
+
+@pytest.mark.parametrize("said", [{"r": 2, "lora_alpha": 4}, {"r": 2, "lora_alpha": 2, "use_rslora": True}])
+def test_a_lora_with_an_alpha_beside_its_weights_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    """Where today's diffusers writes it."""
+    write(tmp_path, noisy_stack(pipe, 1, "lora")[0], pipe)
+    tensors = load_file(tmp_path / lora.WEIGHTS)
+    for beside, refused in (({**said, "lora_alpha": 2, "use_rslora": False}, False), (said, True)):
+        metadata = {
+            "lora_adapter_metadata": json.dumps({f"unet.{name}": one for name, one in beside.items()})
+        }
+        save_file(tensors, tmp_path / lora.WEIGHTS, metadata)
+        if refused:
+            with pytest.raises(ValueError, match=r"wanted lora_alpha equal to r everywhere, got \d and 2"):
+                read_model(tmp_path)
+        else:
+            read_model(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "dreambooth"])
+@pytest.mark.parametrize("how", ["missing", "more"])
+def test_weights_are_those_of_the_base_one_for_one(
+    pipe: StableDiffusionPipeline, method: str, how: str
+) -> None:
+    """What is missing would be the base's, and what is more would be left out, silently."""
+    stack = noisy_stack(pipe, 1, method)
+    name = next(iter(stack.weights))
+    others = {key: weight for key, weight in stack.weights.items() if key != name}
+    weights = others if how == "missing" else {**stack.weights, f"conv_in.{name}": stack.weights[name]}
+    named = re.escape(name if how == "missing" else f"conv_in.{name}")
+    with (
+        pytest.raises(ValueError, match=rf"{method}: wanted .*no other; but {named}"),
+        METHODS[method].network(pipe.unet, weights),
+    ):
+        pass

@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 from attribution.base_model import BaseSettings, decode_latents, encode_images, latent_shape, load_base
 from attribution.conditioning import token_ids
@@ -116,11 +122,25 @@ def test_an_initializer_is_one_known_word(pipe: StableDiffusionPipeline, word: s
     [
         (("ddim", 0, 1.0, 0.0), "steps: wanted at least 1"),
         (("dpmsolver++", 5, 1.0, 0.5), "eta: only ddim has it"),
+        (("ddim", 5, 1.0, 1.5), "eta: wanted 0 to 1"),
     ],
 )
 def test_a_sampler_that_cannot_be_is_refused(values: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(*values)
+
+
+@pytest.mark.parametrize(
+    "theirs", [EulerDiscreteScheduler, PNDMScheduler, DPMSolverMultistepScheduler, DDIMScheduler]
+)
+def test_latents_are_never_clipped(theirs: type) -> None:
+    """Pixels lie in [-1, 1], which DDIM's default is for; latents do not."""
+    config = theirs(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config
+    scheduler = Sampler("ddim", 2, 1.0, 0.0).build(config)
+    scheduler.set_timesteps(2)
+    large = torch.full((1, 4, 2, 2), 5.0)
+    drawn = scheduler.step(torch.zeros_like(large), scheduler.timesteps[-1], large).pred_original_sample
+    assert drawn.max() > 1
 
 
 def test_seeds_depend_on_the_parts_alone() -> None:

@@ -19,20 +19,20 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from attribution.base_model import BaseSettings
+from attribution.base_model import BaseSettings, load_base
 from attribution.concepts import Concept, read_concepts
 from attribution.custom_diffusion import WEIGHTS as WEIGHTS_FILE
-from attribution.customization import METHODS
+from attribution.customization import METHODS, read_model
 from attribution.customized_model import TOKEN_FILE
 from attribution.files import read_json
 from attribution.images import decode_image, read_image_table
 from attribution.sampling import Sampler
 from stages import customize, ship_synthesized, workers
-from stages.image_requests import Params, choose, read_prompts
+from stages.image_requests import Params, Request, choose, read_prompts
 from stages.incremental import FAILED, StageError
 from stages.query_table import write_queries
-from stages.synthesize import run
-from stages.synthesizer import KEY
+from stages.synthesize import draw_all, run
+from stages.synthesizer import KEY, Synthesizer, draw
 from tests import test_customize
 from tests.test_customize import CONCEPTS, picture, write_exemplars
 from tests.test_images import damaged_footer
@@ -381,6 +381,23 @@ def test_shipped_images_outlive_another_encoder_of_the_exemplars(
         shipped=shipped.path,
     )
     assert line == "queries: 0 fresh, 16 shipped, 0 shipped left out"
+
+
+def test_prompts_must_hold_the_token_that_the_model_knows(world: SimpleNamespace) -> None:
+    model = replace(read_model(world.customized / "o1"), token="<sks>")
+    with pytest.raises(ValueError, match=r"prompt 'a <new1> car': wanted <sks> in it"):
+        draw(load_base(world.base), PARAMS, [model], [[Request("i", "media", "a <new1> car", "train", 1)]])
+
+
+def test_a_part_is_as_large_as_its_group(world: SimpleNamespace, tmp_path: Path) -> None:
+    """For it travels to another process with each group."""
+    words = read_prompts(world.prompts)
+    requests = {one.concept_id: choose(PARAMS, one, words) for one in read_concepts(world.exemplars)}
+    whole = Synthesizer.of(PARAMS, world.base, requests, world.customized, tmp_path)
+    part = whole.part(["o2"])
+    assert (part.requests, part.keys) == ({"o2": requests["o2"]}, {"o2": whole.keys["o2"]})
+    assert draw_all(part).done == ["o2"]
+    assert whole.is_done("o2")
 
 
 def test_pictures_are_webp(tmp_path: Path, world: SimpleNamespace) -> None:
