@@ -206,15 +206,13 @@ def _how_sure(metrics: Path) -> list[str]:
     if not metrics.is_file():
         return []
     found = read_json(metrics)
-    tables = {kind: found[kind]["all"] for kind in ("object", "style") if kind in found}
-    recalls = ", ".join(
-        f"{table['mapped']['recall_at_10']:.1%} for {kind}s (by chance {chance:.2%})"
-        for kind, table in tables.items()
-        for chance in (table["chance"]["recall_at_10"],)
-    )
+    recalls = []
+    for kind in sorted(found.keys() & {"object", "style"}):
+        share, chance = (found[kind]["all"][name]["recall_at_10"] for name in ("mapped", "chance"))
+        recalls.append(f"{share:.1%} for {kind}s (by chance {chance:.2%})")
     error = found["calibration"]["after"]["expected_calibration_error"]
     return [
-        f"how sure: of the known sources of test images, the first 10 held {recalls}; "
+        f"how sure: of the known sources of test images, the first 10 held {', '.join(recalls)}; "
         f"influence given and influence due differed by {error:.1%} ({metrics})"
     ]
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, Shaped
 
-from attribution.files import atomic_path, read_json, sha256_file, write_json
+from attribution.files import atomic_path, is_of_the_system, read_json, sha256_file, write_json
 
 DTYPES = ("float32", "float16")
 # At the end of a space's preprocessing: its vectors were brought to length 1.
@@ -205,7 +205,7 @@ class FeatureSet:
             with pq.ParquetFile(path) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # the system's, of a file that may be whole
+            if is_of_the_system(error):
                 raise
             do = f"run: dvc repro featurize@{self.space.backbone}"
             raise ValueError(f"{path}: not a parquet file, or a damaged one; {do}") from error

@@ -96,6 +96,11 @@ def read_json(path: Path | str) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether the operating system refused a file, which may be whole; pyarrow says of damage OSError too."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def sha256_file(path: Path | str) -> str:
     """64 hex digits of the file's bytes."""
     with open(path, "rb") as file:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from attribution.files import atomic_path
+from attribution.files import atomic_path, is_of_the_system
 
 MAX_PIXELS = 50_000_000
 ROWS_PER_GROUP = 1024
@@ -175,7 +175,7 @@ def _open_part(part: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"{part}: no column {', '.join(missing)}; got: {', '.join(names)}")
             yield file
     except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, of a file that may be whole
+        if is_of_the_system(error):
             raise
         said = " ".join(str(error).split())
         raise ValueError(f"{part}: not a parquet file, or a damaged one: {said}") from error

@@ -35,7 +35,7 @@ def write_page(
     chosen = choose_queries(queries, rows)
     best = min(BEST, attribution.ids.shape[1], len(gallery))
     matches = attribution.ids[chosen, :best]
-    remainders = 1 - attribution.influence[chosen, :best].sum(axis=1)
+    remainders = np.maximum(1 - attribution.influence[chosen, :best].sum(axis=1), 0)
     match_ids = gallery.image_ids(matches)
     own_ids = gallery.exemplar_ids[queries.own[chosen, 0]]
     wanted = {*queries.image_ids[chosen].tolist(), *own_ids.tolist(), *match_ids.ravel().tolist()}

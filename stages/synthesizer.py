@@ -16,7 +16,7 @@ from PIL import Image
 from attribution.base_model import BaseSettings, Pipeline, decode_latents
 from attribution.customization import model_files, read_model
 from attribution.customized_model import CustomizedModel, ModelStack
-from attribution.files import content_key
+from attribution.files import content_key, is_of_the_system
 from attribution.images import write_image_table
 from attribution.memory import is_out_of_memory
 from attribution.sampling import Drawing
@@ -89,12 +89,12 @@ class Synthesizer:
         """Whether its images are there and drawn with the model that is there now."""
         try:
             metadata = pq.read_schema(self.table(concept_id)).metadata or {}
-        except (FileNotFoundError, pa.ArrowException):  # not there, or damaged
+        except FileNotFoundError:
             return False
-        except OSError as error:
-            if error.errno is not None:
+        except (pa.ArrowException, OSError) as error:
+            if is_of_the_system(error):
                 raise
-            return False  # damaged, too: what the system itself says has a number
+            return False  # damaged
         return metadata.get(KEY) == self.keys[concept_id].encode()
 
     def draw(self, group: Sequence[str]) -> Summary:

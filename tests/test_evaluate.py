@@ -21,10 +21,12 @@ from attribution.evaluation import GAINS, Vectors, rank
 from attribution.features import FeatureSet
 from attribution.mapper import Mapper, whitening
 from attribution.params import load_params
+from attribution.plots import PageRow
 from attribution.queries import read_exemplars, read_queries
 from attribution.ranking import chance_average_precision
 from attribution.reliability import influence_due, reliability
 from stages import evaluate as stage
+from stages import page
 from stages.evaluate import Params, draw_places, run
 from stages.page import choose_queries, read_pictures
 from tests.feature_world import FeatureWorld, make_world
@@ -284,6 +286,22 @@ def test_page_spreads_over_kinds_and_models(done: Evaluated) -> None:
     assert queries.kinds[rows].tolist() == ["object"] * 3 + ["style"] * 3
     assert len(set(queries.concept_ids[rows].tolist())) == 6
     assert len(choose_queries(queries, 1000)) == len(np.unique(queries.concept_ids))
+
+
+def test_the_page_s_remainder_is_beyond_the_matches_that_it_shows(
+    done: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[PageRow] = []
+
+    def draw(path: Path, rows: list[PageRow], *, title: str) -> None:
+        drawn.extend(rows)
+
+    monkeypatch.setattr(page, "draw_page", draw)
+    evaluate(done.world, tmp_path / "out")
+    assert len(drawn) > 1
+    for row in drawn:
+        beyond = 1 - sum(match.influence for match in row.matches)
+        assert row.caption.split()[-1] in (f"{max(beyond + off, 0):.0%}" for off in (-1e-6, 0, 1e-6))
 
 
 def test_a_picture_that_is_nowhere_is_named(done: Evaluated) -> None:
