@@ -120,8 +120,8 @@ def fast_scores(
     bits = (keys >> np.uint64(32)).astype(np.uint32)
     bits ^= np.where(bits >> 31 != 0, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     # As error_of in exact.h, in double.
-    record = batch._words("query", count, 12, torch.float32).cpu().numpy().astype(np.float64)
-    _, a, b, c, _, unit, _, _, size, _ = record.T[:10, :, None]
+    record = batch._words("query", count, 12, torch.float32).cpu().numpy()[:, :10]  # then padding: anything
+    _, a, b, c, _, unit, _, _, size, _ = record.astype(np.float64).T[..., None]
     stripes = np.repeat(shards[0].stripes.cpu().numpy().astype(np.float64), 128, axis=0)[: gallery.rows]
     norm, largest_scale, residual, _ = stripes.T
     error = (a * norm + size * residual + b) * largest_scale + c
