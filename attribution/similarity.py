@@ -11,7 +11,7 @@ it is not said) the same answers come bit for bit. Wherever arrays do not fit to
 TypeError says which and how.
 
 A gallery that is asked often can be compressed once: every function here takes `compress(gallery)` in the
-gallery's place, reads half the bytes that bfloat16 has (for up to 4 queries a third), and answers with the
+gallery's place, reads half the bytes that bfloat16 has (for up to 4 queries a quarter), and answers with the
 same bits.
 """
 
@@ -29,7 +29,7 @@ from jaxtyping import Float32, Int64
 
 from attribution import similarity_arrays as arrays
 from attribution import similarity_reference as reference
-from attribution.similarity_arrays import Codes, CompressedGallery
+from attribution.similarity_arrays import Codes, CompressedGallery, Sketches
 
 __all__ = [
     "Attribution",
@@ -179,9 +179,9 @@ def compress(gallery: Any, *, threads: int | None = None) -> Any:
 
     by Cauchy and Schwarz, row by row. What may reach the cut by this bound is scored from the gallery itself,
     which is kept, read where it lies, and must not change. Codes come twice, with 8 bits and, as sketches for
-    up to 4 queries, with 5: together dim * 13 / 8, in whole cache lines, + 24 bytes a row, for any scale and
-    offset. Where they say too little (rows with outliers, thresholds amid the bulk of the scores, b = 0), the
-    gallery is read as if it had none. ValueError names a row with NaN or inf.
+    up to 4 queries, with 4 and then 2 more: together dim * 14 / 8, in whole cache lines, + 20 bytes a row,
+    for any scale and offset. Where they say too little (rows with outliers, thresholds amid the bulk of the
+    scores, b = 0), the gallery is read as if it had none. ValueError names a row with NaN or inf.
     """
     if isinstance(gallery, CompressedGallery):
         return gallery
@@ -197,7 +197,7 @@ def compress(gallery: Any, *, threads: int | None = None) -> Any:
     room = arrays.room_for_codes(rows, len(center))
     threads = _positive(threads_allowed() if threads is None else threads, "threads")
     codes, sketches = load_extension().compress(views, storage, center, *room, threads)
-    return CompressedGallery(gallery, center, Codes(*codes), Codes(*sketches))
+    return CompressedGallery(gallery, center, Codes(*codes), Sketches(*sketches))
 
 
 def check_settings(k: int, inv_tau: float, b: float) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt8, UInt16
 
 STORAGES = "float32, float16 or bfloat16"
 CODED_DIM = 65536  # what csrc/contract.h calls most_coded_dim
@@ -39,16 +39,37 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Sketches:
+    """The same with four bits for each value, to which refinements add two: see csrc/contract.h."""
+
+    values: UInt8[np.ndarray, "gallery bytes"]
+    refinements: UInt8[np.ndarray, "gallery fewer_bytes"]
+    # of floats the upper halves: steps, residuals, norms, and residuals with the refinements
+    facts: UInt16[np.ndarray, "gallery 4"]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """As the extension takes them."""
+        return self.values, self.refinements, self.facts
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(frozen=True)
 class CompressedGallery:
     """A gallery with codes beside its values, which filter; `attribution.similarity.compress` makes it.
 
-    Codes have eight bits, sketches five. Answers come from `gallery`, read where it lies.
+    Codes have eight bits, sketches four, to which refinements add two. Answers come from `gallery`, read
+    where it lies.
     """
 
     gallery: Any  # as compress() was given it
     center: Float32[np.ndarray, " dim"]
     codes: Codes  # value d of row i is nearly center[d] + steps[i] * (values[i, d] - 128)
-    sketches: Codes  # of 32 levels, chosen and packed as csrc/contract.h says
+    sketches: Sketches
 
     @property
     def nbytes(self) -> int:
@@ -119,13 +140,12 @@ def aligned_bytes(size: int) -> UInt8[np.ndarray, " size"]:
     return room[begin : begin + size]
 
 
-def room_for_codes(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Room for codes, in whole cache lines, and for sketches."""
+def room_for_codes(rows: int, dim: int) -> tuple[np.ndarray, ...]:
+    """Room for codes, for sketches and for refinements, in whole cache lines."""
     if dim > CODED_DIM:
         raise ValueError(f"gallery: wanted dim <= {CODED_DIM} to compress, got {dim}")
-    row_bytes = (-(-dim // 64) * 64, -(-dim // 128) * 80)
-    codes, sketches = (aligned_bytes(rows * size).reshape(rows, size) for size in row_bytes)
-    return codes, sketches
+    row_bytes = (-(-dim // values) * 64 for values in (64, 128, 256))
+    return tuple(aligned_bytes(rows * size).reshape(rows, size) for size in row_bytes)
 
 
 def as_float32(values: np.ndarray, storage: str) -> np.ndarray:

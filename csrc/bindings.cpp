@@ -40,20 +40,22 @@ Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_
   require(!scale || (scale->ndim() == 1 && scale->shape(0) == rows), "scale: wanted one value per gallery row");
   if (!compressed) return Gallery(storage, int(dim), std::move(views));
   const auto& [center, coded, sketched] = *compressed;
-  require(center.size() == dim && dim <= most_coded_dim, "codes: they are of another gallery");
-  const auto add = [&](const CodeArrays& arrays, int64_t bytes, Codes Shard::*which) {
-    const auto& [codes, step, residual, norm] = arrays;
-    require(codes.ndim() == 2 && codes.shape(0) == rows && codes.shape(1) == bytes && step.size() == rows &&
-                residual.size() == rows && norm.size() == rows,
-            "codes: they are of another gallery");
-    int64_t row = 0;
-    for (Shard& view : views) {
-      view.*which = {codes.data() + row * bytes, step.data() + row, residual.data() + row, norm.data() + row};
-      row += view.rows;
-    }
+  const auto& [codes, step, residual, norm] = coded;
+  const auto& [sketches, refinements, facts] = sketched;
+  const auto holds = [rows](const auto& array, int64_t each) {
+    return array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == each;
   };
-  add(coded, code_bytes(int(dim)), &Shard::coded);
-  add(sketched, sketch_bytes(int(dim)), &Shard::sketched);
+  require(center.size() == dim && dim <= most_coded_dim && holds(codes, code_bytes(int(dim))) && step.size() == rows &&
+              residual.size() == rows && norm.size() == rows && holds(sketches, sketch_bytes(int(dim))) &&
+              holds(refinements, refinement_bytes(int(dim))) && holds(facts, facts_of_sketch),
+          "codes: they are of another gallery");
+  int64_t row = 0;
+  for (Shard& view : views) {
+    view.coded = {codes.data() + row * codes.shape(1), step.data() + row, residual.data() + row, norm.data() + row};
+    view.sketched = {sketches.data() + row * sketches.shape(1), refinements.data() + row * refinements.shape(1),
+                     facts.data() + row * facts_of_sketch};
+    row += view.rows;
+  }
   return Gallery(storage, int(dim), std::move(views), center.data());
 }
 
@@ -117,25 +119,23 @@ FloatArray score_arrays(const Shards& shards, const std::string& storage, const 
 }
 
 py::tuple compress_arrays(const Shards& shards, const std::string& storage, const FloatArray& center, ByteArray codes,
-                          ByteArray sketches, int threads) {
+                          ByteArray sketches, ByteArray refinements, int threads) {
   const Gallery gallery = gallery_of(shards, storage, center.size(), std::nullopt, std::nullopt);
   require(center.size() >= 1 && center.size() <= most_coded_dim && threads >= 1, "codes: dim or threads out of range");
-  const auto room = [&](ByteArray& bytes, int64_t each) {
-    require(bytes.ndim() == 2 && bytes.shape(0) == gallery.rows() && bytes.shape(1) == each,
-            "codes: wanted [rows, dim in whole cache lines]");
-    const py::ssize_t rows = py::ssize_t(gallery.rows());
-    return CodeArrays(bytes, FloatArray(rows), FloatArray(rows), FloatArray(rows));
+  const py::ssize_t rows = py::ssize_t(gallery.rows());
+  const auto room = [rows](ByteArray& bytes, int64_t each) {
+    require(bytes.ndim() == 2 && bytes.shape(0) == rows && bytes.shape(1) == each, "codes: wanted [rows, dim in whole cache lines]");
+    return bytes.mutable_data();
   };
-  CodeArrays coded = room(codes, code_bytes(gallery.dim)), sketched = room(sketches, sketch_bytes(gallery.dim));
-  const auto out = [](CodeArrays& arrays) {
-    auto& [bytes, step, residual, norm] = arrays;
-    return CodesOut{bytes.mutable_data(), step.mutable_data(), residual.mutable_data(), norm.mutable_data()};
-  };
-  const CodesOut to_codes = out(coded), to_sketches = out(sketched);
+  FloatArray step(rows), residual(rows), norm(rows);
+  HalfArray facts(std::vector<py::ssize_t>{rows, facts_of_sketch});
+  const CodesOut to_codes{room(codes, code_bytes(gallery.dim)), step.mutable_data(), residual.mutable_data(), norm.mutable_data()};
+  const SketchesOut to_sketches{room(sketches, sketch_bytes(gallery.dim)), room(refinements, refinement_bytes(gallery.dim)),
+                                facts.mutable_data()};
   without_gil([&](const Interrupt& interrupted) {
     compress(gallery, center.data(), threads, interrupted, to_codes, to_sketches);
   });
-  return py::make_tuple(coded, sketched);
+  return py::make_tuple(CodeArrays(codes, step, residual, norm), SketchArrays(sketches, refinements, facts));
 }
 
 py::tuple coded_score_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
@@ -149,14 +149,15 @@ py::tuple coded_score_arrays(const Shards& shards, const std::string& storage, c
   return py::make_tuple(scores, errors);
 }
 
-FloatArray sketched_bound_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
-                                 const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
-                                 const CompressedArrays& codes) {
+py::tuple sketched_bound_arrays(const Shards& shards, const std::string& storage, const FloatArray& queries,
+                                const std::optional<FloatArray>& offset, const std::optional<FloatArray>& scale,
+                                const CompressedArrays& codes) {
   const Gallery gallery = gallery_of(shards, storage, queries.shape(1), scale, codes);
   const Queries view = queries_of(queries, offset);
-  FloatArray bounds(std::vector<py::ssize_t>{view.count, py::ssize_t(gallery.rows())});
-  sketched_bounds(gallery, view, bounds.mutable_data());
-  return bounds;
+  const std::vector<py::ssize_t> table{view.count, py::ssize_t(gallery.rows())};
+  FloatArray bounds(table), refined(table);
+  sketched_bounds(gallery, view, bounds.mutable_data(), refined.mutable_data());
+  return py::make_tuple(bounds, refined);
 }
 
 }  // namespace

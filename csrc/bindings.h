@@ -30,11 +30,13 @@ using Shards = std::vector<py::array>;
 
 void require(bool condition, const char* message);
 // Views; the arrays must outlive them.
-// codes: of a compressed gallery: center [dim], then twice, for codes and for sketches: [rows, bytes], and step, residual, norm
-// [rows].
+// codes: of a compressed gallery: center [dim]; of codes [rows, bytes], and step, residual, norm [rows]; of sketches
+// [rows, bytes], their refinements [rows, bytes] and facts [rows, 4].
 using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 using CodeArrays = std::tuple<ByteArray, FloatArray, FloatArray, FloatArray>;
-using CompressedArrays = std::optional<std::tuple<FloatArray, CodeArrays, CodeArrays>>;
+using HalfArray = py::array_t<uint16_t, py::array::c_style>;
+using SketchArrays = std::tuple<ByteArray, ByteArray, HalfArray>;
+using CompressedArrays = std::optional<std::tuple<FloatArray, CodeArrays, SketchArrays>>;
 Gallery gallery_of(const Shards& shards, const std::string& storage, int64_t dim, const std::optional<FloatArray>& scale,
                    const CompressedArrays& codes);
 Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& offset);

@@ -6,7 +6,7 @@
 namespace attribution {
 
 void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& codes,
-              const CodesOut& sketches) {
+              const SketchesOut& sketches) {
   const BorrowedTeam team = borrow_team(int(std::max<int64_t>(1, std::min<int64_t>(threads, gallery.blocks()))));
   const InstructionSet& set = *choose_instruction_set();
   std::vector<double> middle(size_t(padded_dim(gallery.dim)), 0.0);
@@ -15,15 +15,14 @@ void compress(const Gallery& gallery, const float* center, int threads, const In
   std::atomic<bool> stop{false};
   bool stopped = false;
   team->run([&](int member) {
-    std::vector<double> scratch(middle.size());
+    std::vector<double> scratch(size_t(256 * sketch_groups(gallery.dim)));
     for (int64_t index, taken = 0; !stop && (index = next.fetch_add(1)) < gallery.blocks(); ++taken) {
       const Block block = gallery.block(index);
       const int64_t at = block.first_row;
-      const auto from = [at](const CodesOut& out, int64_t bytes) {
-        return CodesOut{out.codes + at * bytes, out.step + at, out.residual + at, out.norm + at};
-      };
       const int done = set.encode(block, gallery.storage, middle.data(), gallery.dim, scratch.data(),
-                                  from(codes, code_bytes(gallery.dim)), from(sketches, sketch_bytes(gallery.dim)));
+                                  {codes.codes + at * code_bytes(gallery.dim), codes.step + at, codes.residual + at, codes.norm + at},
+                                  {sketches.codes + at * sketch_bytes(gallery.dim),
+                                   sketches.refinements + at * refinement_bytes(gallery.dim), sketches.facts + at * facts_of_sketch});
       if (done < block.count) {
         // Blocks are begun in order and finished once begun: the lowest row found is the first there is.
         int64_t lowest = refused;
@@ -72,19 +71,32 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
   }
 }
 
-void sketched_bounds(const Gallery& gallery, const Queries& queries, float* bounds) {
+void sketched_bounds(const Gallery& gallery, const Queries& queries, float* bounds, float* refined) {
   const InstructionSet& set = *choose_instruction_set();
-  std::fill(bounds, bounds + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
+  for (float* all : {bounds, refined}) std::fill(all, all + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
   if (queries.count == 0 || !Sieve::has(set, gallery, queries.count)) return;
   std::vector<int64_t> rows(size_t(queries.count));
   std::iota(rows.begin(), rows.end(), 0);
   const Sieve sieve(set, gallery, queries.values, rows, queries.offset);
   std::vector<float> block_bounds(size_t(queries.count) * block_rows);
+  const unsigned char* refinements[block_rows];
+  uint16_t facts[block_rows * facts_of_sketch] = {};
+  float scales[block_rows] = {};
   for (int64_t index = 0; index < gallery.blocks(); ++index) {
     const Block block = gallery.sketched_block(index);
+    const auto keep = [&](float* all) {
+      for (int64_t q = 0; q < queries.count; ++q)
+        std::copy_n(block_bounds.data() + q * block_rows, block.count, all + q * gallery.rows() + block.first_row);
+    };
     sieve.bound(block, block_bounds.data(), block_rows);
-    for (int64_t q = 0; q < queries.count; ++q)
-      std::copy_n(block_bounds.data() + q * block_rows, block.count, bounds + q * gallery.rows() + block.first_row);
+    keep(bounds);
+    for (int r = 0; r < block.count; ++r) {
+      refinements[r] = block.sketched.refinements + r * refinement_bytes(gallery.dim);
+      scales[r] = block.scale ? block.scale[r] : 1.0f;
+    }
+    std::copy_n(block.sketched.facts, block.count * facts_of_sketch, facts);
+    sieve.refine(refinements, facts, scales, block.count, block_bounds.data(), block_rows);
+    keep(refined);
   }
 }
 

@@ -27,25 +27,44 @@ static inline int64_t padded_dim(int dim) { return (int64_t(dim) + 7) / 8 * 8; }
 static inline int64_t code_bytes(int dim) { return (int64_t(dim) + 63) / 64 * 64; }
 static constexpr int most_coded_dim = 65536;  // of sums of their products in 32 bits
 
-// The sketch of a row, five bits for each value: which of these levels it has. They lie where least is missing of normally
-// distributed values (Lloyd, Max), as far as seven bits can say; 1/20 of a standard deviation is nearly the best step for those.
-static constexpr unsigned char sketch_levels[32] = {0,  10, 17, 23, 28, 32, 36, 39, 42, 45, 48,  51,  54,  57,  60,  62,
-                                                    65, 67, 70, 73, 76, 79, 82, 85, 88, 91, 95, 99, 104, 110, 117, 127};
+// The sketch of a row: four bits for each value, by trellis-coded quantization (Marcellin and Fischer, 1990): the levels among
+// which a value's code chooses are higher by 4, 8 or 12, as the upper two bits of the code before it in its chain say; a chain
+// begins as if after `code_before_all`. The levels lie where least is missing of normally distributed values, as far as seven
+// bits and this simple a rule can say.
+static constexpr unsigned char sketch_levels[16] = {24, 47, 64, 84, 37, 55, 73, 105, 10, 42, 60, 78, 31, 51, 68, 91};
+static constexpr int raising_bits = 12, code_before_all = 8;
+static inline int level_of(int code, int before) { return sketch_levels[code] + (before & raising_bits); }
 static constexpr int twice_mid_level = 127;
 
-// For every 128 values of a sketch come 64 bytes, the lower halves of which hold the lower four bits of the first 64 values,
-// the upper halves those of the others; then, for every 128, the fifth bits: of value i, bit i / 16 of byte i % 16.
+// For every 128 values come 64 bytes: byte i holds the code of value i in its lower half, that of value 64 + i in its upper half.
+// The bytes i of all groups are a chain.
 static inline int64_t sketch_groups(int dim) { return (int64_t(dim) + 127) / 128; }
-static inline int64_t sketch_bytes(int dim) { return sketch_groups(dim) * 80; }
+static inline int64_t sketch_bytes(int dim) { return sketch_groups(dim) * 64; }
+
+// Two more bits for each value: of what a sketch misses, in steps of so many of the sketch's. For every 256 values come 64
+// bytes: byte i holds, from its lowest bits on, values i, 64 + i, 128 + i and 192 + i.
+static constexpr double refinement_step = 1.5;
+static inline int64_t refinement_groups(int dim) { return (int64_t(dim) + 255) / 256; }
+static inline int64_t refinement_bytes(int dim) { return refinement_groups(dim) * 64; }
 
 // What a compressed gallery holds of some rows. Value d of a row is, as the kernel for codes reads it,
-// center[d] + step * (code[d] - 128); of sketches, center[d] + step * (level[d] - 63.5).
+// center[d] + step * (code[d] - 128).
 struct Codes {
-  const unsigned char* codes;  // [rows][code_bytes], 128 after dim; or [rows][sketch_bytes]
+  const unsigned char* codes;  // [rows][code_bytes], 128 after dim
   const float* step;           // [rows]
   const float* residual;       // [rows], >= |x - x as the kernel reads it|
   const float* norm;           // [rows], >= |x - center| and >= |x as the kernel reads it - center|
 };
+// And as the kernel for sketches does, center[d] + step * (level[d] - 63.5), to which a refinement adds
+// step * refinement_step * (code[d] - 1.5).
+struct Sketches {
+  const unsigned char* codes;        // [rows][sketch_bytes]
+  const unsigned char* refinements;  // [rows][refinement_bytes]
+  const uint16_t* facts;             // [rows][facts_of_sketch], the upper halves of floats
+};
+// The step; and upper bounds, as in Codes: of the residual, of the norm, and of the residual with the refinement. The norm is
+// also at least |x as refined - center| and |step * level| / 4.
+enum { fact_step, fact_residual, fact_norm, fact_refined_residual, facts_of_sketch };
 
 struct Block {
   const unsigned char* rows;  // [count] rows, `stride` bytes apart, in the gallery's storage type; or their codes
@@ -55,6 +74,7 @@ struct Block {
   const float* scale;          // [count], or null: 1
   const unsigned char* ahead;  // what this thread will probably read next, or null
   Codes coded;                 // of these rows, where `rows` are codes
+  Sketches sketched;           // where they are sketches
 
   const float* row_scale(int row) const { return scale ? scale + row : nullptr; }
 };
@@ -66,11 +86,16 @@ struct CodesOut {
   float* residual;
   float* norm;
 };
+struct SketchesOut {
+  unsigned char* codes;
+  unsigned char* refinements;
+  uint16_t* facts;
+};
 
-// Of a query whose scores are bounded by sketches: its step; what the middle of the levels adds to each dot; and what is
-// added to every row's score, and to it for each unit of the row's residual and of its norm.
+// Of a query whose scores are bounded by sketches: the step of its codes; what the middles of the levels and of the refinements add to each
+// dot; and what is added to every row's score, and to it for each unit of the row's residual and of its norm.
 struct SketchedQuery {
-  float step, middle, offset, per_residual, per_norm;
+  float step, middle, refined_middle, offset, per_residual, per_norm;
 };
 static constexpr int most_sketched = 4;  // queries
 // Norms and scales beyond this might lead out of the range of float.
@@ -142,20 +167,25 @@ struct InstructionSet {
   const Kernels* (*kernels)(Storage storage, int queries);
   // The kernel that reads codes, or null where it would not be faster.
   const Kernels* (*coded_kernels)(int queries);
-  // The kernel that reads sketches, or nulls. query: [dim] -> panel: [sketched_bytes], zeros before; step and middle; and
-  // shift, the length of what the panel misses.
-  int64_t (*sketched_bytes)(int dim);
-  void (*sketch_query)(const float* query, int dim, unsigned char* panel, SketchedQuery* sketched, float* shift);
+  // The kernel that reads sketches, or nulls. query: [dim] -> panel: [sketched_bytes], zeros before, for so many queries; step
+  // and middles; and shift, the length of what the panel misses.
+  int64_t (*sketched_bytes)(int queries, int dim);
+  void (*sketch_query)(const float* query, int queries, int dim, unsigned char* panel, SketchedQuery* sketched, float* shift);
   // panels: [count][sketched_bytes] -> bounds: [count], `stride` apart, of [block_rows], which no score exceeds; infinite
   // where a row's numbers are extreme.
   void (*sketched_bounds)(const Block& block, const unsigned char* panels, const SketchedQuery* queries, int count, int dim,
                           float* bounds, int64_t stride);
+  // The same bounds, [count] a query, of rows here and there -> by their refinements, in place. Of `facts` and `scales` whole
+  // vectors are read.
+  void (*refined_bounds)(const unsigned char* const* refinements, const uint16_t* facts, const float* scales, int count,
+                         const unsigned char* panels, const SketchedQuery* sketched, int queries, int dim, float* bounds,
+                         int64_t stride);
   // bits: of [block_rows] bounds those that are at least as large as a cut, or NaN, are added
   void (*add_reaching)(const float* bounds, float cut, uint32_t* bits);
-  // rows of values -> their codes and sketches; center, scratch: [padded_dim]. Returns the first row that is not finite,
-  // or block.count.
+  // rows of values -> their codes and sketches; center: [padded_dim], scratch: [256 * sketch_groups]. Returns the
+  // first row that is not finite, or block.count.
   int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, CodesOut codes,
-                CodesOut sketches);
+                SketchesOut sketches);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);

@@ -13,7 +13,9 @@ struct Shard {
   int64_t rows;
   int64_t stride;      // bytes from row to row
   const float* scale;  // [rows] or null
-  Codes coded, sketched;  // of a compressed gallery; or nulls
+  // Of a compressed gallery; or nulls.
+  Codes coded;
+  Sketches sketched;
 };
 
 class Gallery {
@@ -36,8 +38,25 @@ class Gallery {
   }
 
   // The codes of the same rows; and their sketches.
-  Block coded_block(int64_t index) const { return compressed_block(index, &Shard::coded, code_bytes(dim)); }
-  Block sketched_block(int64_t index) const { return compressed_block(index, &Shard::sketched, sketch_bytes(dim)); }
+  Block coded_block(int64_t index) const {
+    return block_of(index, [this](const Shard& shard, int64_t begin, Block* block) {
+      const int64_t bytes = code_bytes(dim);
+      const Codes& all = shard.coded;
+      block->coded = Codes{all.codes + begin * bytes, all.step + begin, all.residual + begin, all.norm + begin};
+      block->rows = block->coded.codes;
+      block->stride = bytes;
+    });
+  }
+  Block sketched_block(int64_t index) const {
+    return block_of(index, [this](const Shard& shard, int64_t begin, Block* block) {
+      const int64_t bytes = sketch_bytes(dim);
+      const Sketches& all = shard.sketched;
+      block->sketched = Sketches{all.codes + begin * bytes, all.refinements + begin * refinement_bytes(dim),
+                                 all.facts + begin * facts_of_sketch};
+      block->rows = block->sketched.codes;
+      block->stride = bytes;
+    });
+  }
 
   // The block of row `index` alone.
   Block single_row(int64_t index) const {
@@ -66,21 +85,20 @@ class Gallery {
     return size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
   }
 
-  Block compressed_block(int64_t index, Codes Shard::*which, int64_t bytes) const {
+  // compress(shard, first row in it, block) says where something else of these rows lies.
+  template <class Compress>
+  Block block_of(int64_t index, const Compress& compress) const {
     const size_t s = holder(first_block_, index);
     const int64_t begin = (index - first_block_[s]) * block_rows;
-    const Codes& all = shards_[s].*which;
     Block block = slice(s, begin, block_rows);
-    block.coded = Codes{all.codes + begin * bytes, all.step + begin, all.residual + begin, all.norm + begin};
-    block.rows = block.coded.codes;
-    block.stride = bytes;
+    compress(shards_[s], begin, &block);
     return block;
   }
 
   Block slice(size_t s, int64_t begin, int64_t most) const {
     const Shard& shard = shards_[s];
     return Block{shard.data + begin * shard.stride, shard.stride, int(std::min(most, shard.rows - begin)),
-                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr, nullptr, {}};
+                 first_row_[s] + begin, shard.scale ? shard.scale + begin : nullptr, nullptr, {}, {}};
   }
 
   std::vector<Shard> shards_;

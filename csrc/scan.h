@@ -73,6 +73,8 @@ class Scan {
   struct Side;
   struct Member;
   struct Promising;
+  struct Reached;
+  struct Gathered;
   struct Passed;
   using Take = std::function<void(int member, int64_t index, int64_t following)>;
   using Done = std::function<void(int member)>;
@@ -103,7 +105,9 @@ class Scan {
   bool worth_sifting(int64_t most_promising) const;
   bool tells_enough(int64_t begin, int64_t end) const;
   template <class Work>
-  void for_passing(int64_t begin, int64_t index, const Work& work) const;
+  void for_reaching(int64_t begin, int64_t index, const Work& work) const;
+  void ask_for_refinements(int64_t begin, int64_t index, Member& member);
+  void refine(int64_t begin, Member& member, size_t left);
   void pass(const Block& block, int row, Member& member);
   void look_closer(Member& member, size_t left);
 

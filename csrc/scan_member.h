@@ -30,6 +30,20 @@ struct Scan::Side {
   float norm = -1, scale = -1, shift = -1;
 };
 
+// A row whose bound reaches a cut, and what its refinement was asked for; and some of them together.
+struct Scan::Reached {
+  int64_t block;
+  int row;  // of the block
+  const unsigned char* refinement;
+  const uint16_t* facts;
+  const float* scale;  // or null
+};
+struct Scan::Gathered {
+  const unsigned char* refinements[block_rows] = {};
+  uint16_t facts[block_rows * facts_of_sketch] = {};
+  float scales[block_rows] = {}, bounds[most_sketched * block_rows] = {};
+};
+
 // A row by its sketch alone; and one that passed the sieve.
 struct Scan::Promising {
   float bound;
@@ -62,9 +76,11 @@ struct Scan::Member {
   int dense_blocks = 0;                 // how many more to score whole
   int uncoded_blocks = 0, patience = 8;  // how many more to take without their codes; and how many the next time
 
-  // With a sieve: for each query the rows with the largest bounds; and rows that passed, until a turn has ended.
+  // With a sieve: for each query the rows with the largest bounds; and, until a turn has ended, rows that may pass and that did.
   std::vector<std::vector<Promising>> promising;
   std::vector<float> promise;  // the least that is still welcome
+  std::vector<Reached> reached;
+  Gathered gathered;
   std::vector<Passed> passed;
   AlignedBytes codes_of_passed{0};  // [block_rows]
 };

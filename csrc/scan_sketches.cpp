@@ -1,5 +1,6 @@
-// Very few queries and a gallery's sketches. First a bound for every row, from five bits for each value; then exact
-// scores of the most promising rows, which put the cut near its end at once; then the codes of the rows that may reach it.
+// Very few queries and a gallery's sketches. First a bound for every row, from four bits for each value; then exact
+// scores of the most promising rows, which put the cut near its end at once; then, of the rows that may reach it, two bits more
+// for each value; and then the codes of those that still may.
 #include <algorithm>
 #include <cstring>
 
@@ -12,8 +13,10 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr int64_t most_asked = 4096;  // bytes of a row
 constexpr int64_t most_sifted = (int64_t(4) << 20) / (block_rows * int64_t(sizeof(float)));  // blocks, of 4 MB of bounds
 
-// Which rows of a block have bounds that reach a cut.
-struct Reaching {
+constexpr size_t refined_at_a_time = 32;  // and as many asked for
+
+// Rows of a block, as bits.
+struct Rows {
   uint32_t bits[block_rows / 32] = {};
 
   template <class Work>
@@ -28,14 +31,14 @@ constexpr auto greater = [](const auto& a, const auto& b) { return a.bound > b.b
 
 }  // namespace
 
-// Calls work(block, r) for the rows of a block, given as codes, that may reach the cut of any query.
+// Calls work(sketches, r) for the rows of a block that may reach the cut of any query.
 template <class Work>
-void Scan::for_passing(int64_t begin, int64_t index, const Work& work) const {
-  Reaching reaching;
+void Scan::for_reaching(int64_t begin, int64_t index, const Work& work) const {
+  Rows rows;
   for (int q = 0; q < batch_.count; ++q)
-    run_.set->add_reaching(bounds_.get() + (q * sifted_ + index - begin) * block_rows, (*cut_)[size_t(q)], reaching.bits);
-  const Block block = gallery_.coded_block(index);
-  reaching.for_each(block.count, [&](int r) { work(block, r); });
+    run_.set->add_reaching(bounds_.get() + (q * sifted_ + index - begin) * block_rows, (*cut_)[size_t(q)], rows.bits);
+  const Block block = gallery_.sketched_block(index);
+  rows.for_each(block.count, [&](int r) { work(block, r); });
 }
 
 // Each query lets some rows pass for every one that it wants. Where they add up, codes alone are faster: as fast for 2
@@ -53,12 +56,14 @@ void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomi
     sketch(begin, end, most_promising, members);
     if (begin == 0) fulfil(most_promising, members, settle);
     if (!always_codes_ && !tells_enough(begin, end)) break;
-    const Take take = [&](int id, int64_t index, int64_t) {
-      for_passing(begin, index, [&](const Block& block, int r) { pass(block, r, members[size_t(id)]); });
+    const Take take = [&](int id, int64_t index, int64_t) { ask_for_refinements(begin, index, members[size_t(id)]); };
+    const Done done = [&](int id) {
+      refine(begin, members[size_t(id)], 0);
+      look_closer(members[size_t(id)], 0);
     };
     while (next < end) {
       for (Member& member : members) member.codes->stale = true;
-      take_turns(next, end, next, take, [&](int id) { look_closer(members[size_t(id)], 0); });
+      take_turns(next, end, next, take, done);
       for (int q = 0; q < batch_.count; ++q) settle(q);
     }
   }
@@ -75,9 +80,9 @@ void Scan::sketch(int64_t begin, int64_t end, int64_t most_promising, std::vecto
       const float* bounds = all + q * sifted_ * block_rows;
       std::vector<Promising>& best = members[size_t(id)].promising[size_t(q)];
       float& least = members[size_t(id)].promise[size_t(q)];
-      Reaching reaching;
-      run_.set->add_reaching(bounds, least, reaching.bits);
-      reaching.for_each(block.count, [&](int r) {
+      Rows welcome;
+      run_.set->add_reaching(bounds, least, welcome.bits);
+      welcome.for_each(block.count, [&](int r) {
         if (bounds[r] < infinity) best.push_back({bounds[r], block.first_row + r});
       });
       if (int64_t(best.size()) < 4 * most_promising) continue;
@@ -112,10 +117,49 @@ void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const Se
 bool Scan::tells_enough(int64_t begin, int64_t end) const {
   int64_t passed = 0, rows = 0;
   for (int64_t index = begin; index < end; index += std::max<int64_t>(16, (end - begin) / 64)) {
-    for_passing(begin, index, [&](const Block&, int) { ++passed; });
+    for_reaching(begin, index, [&](const Block&, int) { ++passed; });
     rows += gallery_.block(index).count;
   }
   return 5 * passed < 2 * rows;
+}
+
+// Asks for the refinements of a block's rows that reach a cut, and looks at those that were asked for some time ago.
+void Scan::ask_for_refinements(int64_t begin, int64_t index, Member& member) {
+  const int64_t bytes = refinement_bytes(gallery_.dim), asked = std::min(bytes, most_asked);
+  for_reaching(begin, index, [&](const Block& block, int r) {
+    const unsigned char* refinement = block.sketched.refinements + r * bytes;
+    const uint16_t* facts = block.sketched.facts + r * facts_of_sketch;
+    for (int64_t byte = 0; byte < asked; byte += 64) __builtin_prefetch(refinement + byte, 0, 3);
+    __builtin_prefetch(facts, 0, 3);
+    member.reached.push_back({index, r, refinement, facts, block.row_scale(r)});
+  });
+  if (member.reached.size() >= 2 * refined_at_a_time) refine(begin, member, refined_at_a_time);
+}
+
+// Bounds by refinements, until so many rows are left; what reaches a cut still, passes.
+void Scan::refine(int64_t begin, Member& member, size_t left) {
+  Gathered& all = member.gathered;
+  size_t first = 0;
+  for (; first + left < member.reached.size(); first += refined_at_a_time) {
+    const Reached* rows = member.reached.data() + first;
+    const int count = int(std::min(refined_at_a_time, member.reached.size() - first));
+    for (int i = 0; i < count; ++i) {
+      all.refinements[i] = rows[i].refinement;
+      std::memcpy(all.facts + i * facts_of_sketch, rows[i].facts, facts_of_sketch * sizeof *all.facts);
+      all.scales[i] = rows[i].scale ? *rows[i].scale : 1.0f;
+      const float* bounds = bounds_.get() + (rows[i].block - begin) * block_rows + rows[i].row;
+      for (int q = 0; q < batch_.count; ++q) all.bounds[q * block_rows + i] = bounds[q * sifted_ * block_rows];
+    }
+    sieve_->refine(all.refinements, all.facts, all.scales, count, all.bounds, block_rows);
+    for (int i = 0; i < count; ++i)
+      for (int q = 0; q < batch_.count; ++q)
+        if (!(all.bounds[q * block_rows + i] < (*cut_)[size_t(q)])) {
+          pass(gallery_.coded_block(rows[i].block), rows[i].row, member);
+          break;
+        }
+  }
+  first = std::min(first, member.reached.size());
+  member.reached.erase(member.reached.begin(), member.reached.begin() + int64_t(first));
 }
 
 // Asks for the codes of a row, which lie anywhere in memory, and looks at those that were asked for some time ago.
@@ -145,7 +189,7 @@ void Scan::look_closer(Member& member, size_t left) {
       scale[i] = rows[i].scale ? *rows[i].scale : 1.0f;
     }
     const unsigned char* codes = member.codes_of_passed.data();
-    const Block block{codes, bytes, count, 0, rows->scale ? scale : nullptr, nullptr, {codes, step, residual, norm}};
+    const Block block{codes, bytes, count, 0, rows->scale ? scale : nullptr, nullptr, {codes, step, residual, norm}, {}};
     Prepared prepared;
     codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
                             &prepared);

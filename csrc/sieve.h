@@ -18,6 +18,9 @@ class Sieve {
 
   // bounds: [count], `stride` apart, of [block_rows], which no canonical score of that query exceeds
   void bound(const Block& sketches, float* bounds, int64_t stride) const;
+  // refinements, facts, scales: of some rows; bounds: [count], `stride` apart, theirs, in place
+  void refine(const unsigned char* const* refinements, const uint16_t* facts, const float* scales, int some, float* bounds,
+              int64_t stride) const;
 
   const int count;
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 
 from attribution import parts, similarity
-from attribution.similarity_arrays import Codes
 from tests import oracle
 from tests.test_similarity import SHARP, assert_same
 from tests.test_similarity_properties import check_against_the_reference, walks, worlds
@@ -17,9 +16,9 @@ from tests.test_similarity_properties import check_against_the_reference, walks,
 MOST_CODED = {"avx512_amx": 256, "avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
 # And the most for which each reads sketches.
 MOST_SKETCHED = {"avx512_amx": 4, "avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
-# What sketches say of a value, in steps.
-UPPER = (1.5, 3.5, 6.5, 9.5, 12.5, 15.5, 18.5, 21.5, 24.5, 27.5, 31.5, 35.5, 40.5, 46.5, 53.5, 63.5)
-LEVELS = np.array([-level for level in UPPER[::-1]] + list(UPPER))
+# What codes of sketches say of a value, in half steps, where the one before says nothing.
+LEVELS = np.array([24, 47, 64, 84, 37, 55, 73, 105, 10, 42, 60, 78, 31, 51, 68, 91])
+REFINEMENT = 1.5  # the step of two bits more, in those of sketches
 LANES = {"avx512_amx": 16, "avx512_bf16": 16, "avx512f": 16, "avx2": 8, "portable": 4}
 # The most queries whose codes have 16 bits, where codes are read at all.
 MOST_FINE = {"avx512_amx": 4, "avx512_bf16": 8, "avx512f": 8, "avx2": 4, "portable": 2}
@@ -195,7 +194,7 @@ def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: i
     scale = rng.uniform(0, 3, rows).astype(np.float32)
     call = similarity.Call(queries, similarity.compress(gallery), scale, offset, "cpu", 1)
     coded, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
-    most = similarity.load_extension().sketched_bounds(*call.extension_inputs())
+    most, refined = similarity.load_extension().sketched_bounds(*call.extension_inputs())
     exact = similarity.canonical_scores(
         queries, gallery, np.tile(np.arange(rows), (count, 1)), scale=scale, offset=offset
     )
@@ -207,22 +206,41 @@ def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: i
         error = np.abs(coded.astype(np.float64) - exact.astype(np.float64))
         assert (error <= bounds).all()
         assert not telling or (bounds < 0.025 * lengths.max(axis=1, keepdims=True)).all()
-    if count > MOST_SKETCHED[isa]:
-        assert np.isnan(most).all()
-    else:
-        assert (most >= exact).all()
-        assert not telling or (most - exact < 0.16 * lengths.max(axis=1, keepdims=True)).all()
+    for bound, slack in ((most, 0.22), (refined, 0.11)):
+        if count > MOST_SKETCHED[isa]:
+            assert np.isnan(bound).all()
+        else:
+            assert (bound >= exact).all()
+            assert not telling or (bound - exact < slack * lengths.max(axis=1, keepdims=True)).all()
 
 
-def unpacked(compressed: similarity.CompressedGallery, dim: int) -> tuple[Codes, np.ndarray]:
-    """The sketches, and what their bytes say of each value in steps."""
-    held = compressed.sketches
-    groups = -(-dim // 128)
-    nibbles = held.values[:, : groups * 64].reshape(len(held.values), groups, 64)
-    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(len(nibbles), groups * 128)
-    fifths = held.values[:, groups * 64 :].reshape(len(nibbles), groups, 1, 16)
-    fifth = (fifths >> np.arange(8).reshape(8, 1) & 1).reshape(len(nibbles), groups * 128)
-    return held, LEVELS[low + 16 * fifth][:, :dim].astype(np.longdouble)
+@dataclasses.dataclass
+class Unpacked:
+    """What sketches say of values in steps of their rows, without and with refinements, and of rows."""
+
+    values: np.ndarray
+    refined: np.ndarray
+    steps: np.ndarray
+    residuals: np.ndarray
+    norms: np.ndarray
+    refined_residuals: np.ndarray
+
+    def __init__(self, compressed: similarity.CompressedGallery, dim: int) -> None:
+        held = compressed.sketches
+        rows = len(held.values)
+        halves = np.empty((rows, -(-dim // 128), 2, 64), np.uint8)
+        halves[:, :, 0] = held.values.reshape(rows, -1, 64) & 15
+        halves[:, :, 1] = held.values.reshape(rows, -1, 64) >> 4
+        chains = halves.reshape(rows, -1, 64)
+        before = np.concatenate([np.full_like(chains[:, :1], 8), chains[:, :-1]], axis=1)
+        levels = LEVELS[chains] + (before & 12)
+        self.values = (levels - 63.5).reshape(rows, -1)[:, :dim].astype(np.longdouble)
+        pairs = (
+            held.refinements.reshape(rows, -1, 1, 64) >> np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1) & 3
+        )
+        self.refined = self.values + REFINEMENT * (pairs.reshape(rows, -1)[:, :dim] - 1.5)
+        facts = (held.facts.astype(np.uint32) << 16).view(np.float32).T
+        self.steps, self.residuals, self.norms, self.refined_residuals = facts
 
 
 def test_a_query_along_what_a_sketch_misses_reaches_its_bound(isa: str) -> None:
@@ -231,25 +249,31 @@ def test_a_query_along_what_a_sketch_misses_reaches_its_bound(isa: str) -> None:
     rng = np.random.default_rng(12)
     gallery = rng.standard_normal((300, 256)).astype(np.float32)
     compressed = similarity.compress(gallery)
-    held, codes = unpacked(compressed, 256)
-    missing = (gallery - compressed.center - held.steps[:, None] * codes).astype(np.float32)[:4]
-    call = similarity.Call(missing, compressed, None, None, "cpu", 1)
-    bounds = similarity.load_extension().sketched_bounds(*call.extension_inputs())
-    own = np.arange(4)
-    exact = similarity.canonical_scores(missing, gallery, own[:, None])[:, 0]
-    along = np.linalg.norm(missing, axis=1) * held.residuals[:4]
-    slack = (bounds[own, own] - exact) / along
-    # What is left is the query's own rounding, times how much longer the row is than what is missing of it.
-    rounding = np.linalg.norm(lost(missing, 127), axis=1) * held.norms[:4] / along
-    assert (slack > 0).all()
-    assert (slack < 0.01 + 1.5 * rounding).all()
-    assert (slack < 0.3).all()
+    held = Unpacked(compressed, 256)
+    own = np.arange(2)
+    for refined, codes, residuals in (
+        (False, held.values, held.residuals),
+        (True, held.refined, held.refined_residuals),
+    ):
+        missing = (gallery - compressed.center - held.steps[:, None] * codes).astype(np.float32)[:2]
+        call = similarity.Call(missing, compressed, None, None, "cpu", 1)
+        bounds = similarity.load_extension().sketched_bounds(*call.extension_inputs())[refined]
+        exact = similarity.canonical_scores(missing, gallery, own[:, None])[:, 0]
+        along = np.linalg.norm(missing, axis=1) * residuals[:2]
+        slack = (bounds[own, own] - exact) / along
+        # What is left is the rounding of residuals, at most 2^-7 of them, and the query's own, times how much
+        # longer the row is than what is missing of it.
+        levels = 127 * 128 if isa in ("avx512_bf16", "avx512_amx") else 127
+        rounding = np.linalg.norm(lost(missing, levels), axis=1) * held.norms[:2] / along
+        assert (slack > 0).all()
+        assert (slack < 0.02 + 1.5 * rounding).all()
+        assert (slack < 0.6).all()
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
     rng = np.random.default_rng(6)
-    for dim in (1, 9, 130):
+    for dim in (1, 9, 520):
         gallery = awkward(rng, 400, dim)
         if storage == "float16":
             gallery = np.clip(gallery, -6e4, 6e4).astype(np.float16)
@@ -258,17 +282,30 @@ def test_residuals_and_norms_are_upper_bounds(isa: str, storage: str) -> None:
         assert (got.codes.values[:, dim:] == 128).all()
         centered = gallery.astype(wide) - got.center.astype(wide)
         size = np.sqrt((centered**2).sum(axis=1))
-        for held, codes in ((got.codes, got.codes.values[:, :dim].astype(wide) - 128), unpacked(got, dim)):
-            kept = held.steps[:, None].astype(wide) * codes
-            assert (held.residuals >= np.sqrt(((centered - kept) ** 2).sum(axis=1))).all()
-            assert (held.norms >= np.sqrt((kept**2).sum(axis=1))).all()
-            assert (held.norms >= size).all()
+        sketches = Unpacked(got, dim)
+        for steps, codes, residuals, norms in (
+            (
+                got.codes.steps,
+                got.codes.values[:, :dim].astype(wide) - 128,
+                got.codes.residuals,
+                got.codes.norms,
+            ),
+            (sketches.steps, sketches.values, sketches.residuals, sketches.norms),
+            (sketches.steps, sketches.refined, sketches.refined_residuals, sketches.norms),
+        ):
+            kept = steps[:, None].astype(wide) * codes
+            assert (residuals >= np.sqrt(((centered - kept) ** 2).sum(axis=1))).all()
+            assert (norms >= np.sqrt((kept**2).sum(axis=1))).all()
+            assert (norms >= size).all()
+        levels = sketches.steps[:, None].astype(wide) * (sketches.values + 63.5)
+        assert (sketches.norms >= np.sqrt((levels**2).sum(axis=1)) / 4).all()
         # Half a step at most, where a step is a number at all.
         normal = got.codes.steps > 1e-37
         assert (got.codes.residuals[normal] <= 0.5001 * np.sqrt(dim) * got.codes.steps[normal]).all()
-        if dim == 130:  # of normal values a twentieth, on average
+        if dim == 520:  # of normal values an eleventh, on average, and a thirtieth
             ordinary = np.arange(len(gallery)) % 7 == 6
-            assert (got.sketches.residuals[ordinary] / size[ordinary]).mean() < 1 / 19
+            assert (sketches.residuals[ordinary] / size[ordinary]).mean() < 1 / 11
+            assert (sketches.refined_residuals[ordinary] / size[ordinary]).mean() < 1 / 29
 
 
 def test_the_gallery_is_read_in_place(tmp_path) -> None:
@@ -277,7 +314,7 @@ def test_the_gallery_is_read_in_place(tmp_path) -> None:
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     compressed = similarity.compress(mapped)
     assert compressed.gallery is mapped
-    assert compressed.nbytes == 2000 * (64 + 12 + 80 + 12) + 4 * 64
+    assert compressed.nbytes == 2000 * (64 + 12 + 64 + 64 + 8) + 4 * 64
     assert compressed.codes.values.ctypes.data % 64 == 0
     assert similarity.compress(compressed) is compressed
     assert_same_answers(queries, gallery, compressed=compressed)
