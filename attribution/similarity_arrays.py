@@ -200,7 +200,7 @@ def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
         if array.device.type != "cpu":
             raise ValueError(f"{name}: wanted device cpu, got {array.device}; do: {name}.cpu()")
         storage = str(array.dtype).removeprefix("torch.")
-        tensor = array.detach()
+        tensor = array.detach() if array.requires_grad else array
         if storage == "bfloat16":
             import torch
 

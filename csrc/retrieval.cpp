@@ -1,7 +1,6 @@
 #include "retrieval.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -64,10 +63,8 @@ void gather(const Run& run, const Filters& filters, const Request& request, int6
               [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); }, tally);
 
   std::vector<uint32_t> left(size_t(batch.count));
-  std::atomic<int> next{0};
-  run.team->run([&](int) {
-    for (int q; (q = next.fetch_add(1)) < batch.count;)
-      left[size_t(q)] = selection.finish(q, scan.candidates(q), scan.fill(q), cut[size_t(q)]);
+  run.team->share(batch.count, [&](int q) {
+    left[size_t(q)] = selection.finish(q, scan.candidates(q), scan.fill(q), cut[size_t(q)]);
   });
   for (int q = 0; q < batch.count; ++q) {
     Candidate* items = scan.candidates(q);

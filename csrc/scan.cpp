@@ -317,14 +317,7 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
     stretch(next, std::min(gallery_.blocks(), next + length), own, next);
     // Fewer candidates come from slow growth, fewer pauses of the team from fast growth.
     length = batch_.count >= 16 ? int64_t(next) : 3 * next;
-    if (batch_.count == 1) {
-      settle_query(0);
-      continue;
-    }
-    std::atomic<int> next_query{0};
-    run_.team->run([&](int) {
-      for (int q; (q = next_query.fetch_add(1)) < batch_.count;) settle_query(q);
-    });
+    run_.team->share(batch_.count, settle_query);
   }
 }
 

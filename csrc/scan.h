@@ -101,7 +101,7 @@ class Scan {
   using SettleQuery = std::function<void(int query)>;
   void sift(std::vector<Member>& members, int64_t most_promising, std::atomic<int64_t>& next, const SettleQuery& settle);
   void sketch(int64_t begin, int64_t end, int64_t most_promising, std::vector<Member>& members);
-  void fulfil(int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle);
+  void fulfil(int query, int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle);
   bool worth_sifting(int64_t most_promising) const;
   bool tells_enough(int64_t begin, int64_t end) const;
   template <class Work>

@@ -54,7 +54,7 @@ void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomi
   while (next < gallery_.blocks()) {
     const int64_t begin = next, end = std::min(gallery_.blocks(), begin + sifted_);
     sketch(begin, end, most_promising, members);
-    if (begin == 0) fulfil(most_promising, members, settle);
+    if (begin == 0) run_.team->share(batch_.count, [&](int q) { fulfil(q, most_promising, members, settle); });
     if (!always_codes_ && !tells_enough(begin, end)) break;
     const Take take = [&](int id, int64_t index, int64_t) { ask_for_refinements(begin, index, members[size_t(id)]); };
     const Done done = [&](int id) {
@@ -64,7 +64,7 @@ void Scan::sift(std::vector<Member>& members, int64_t most_promising, std::atomi
     while (next < end) {
       for (Member& member : members) member.codes->stale = true;
       take_turns(next, end, next, take, done);
-      for (int q = 0; q < batch_.count; ++q) settle(q);
+      run_.team->share(batch_.count, settle);
     }
   }
 }
@@ -94,23 +94,21 @@ void Scan::sketch(int64_t begin, int64_t end, int64_t most_promising, std::vecto
   take_turns(begin, end, next, take, nullptr);
 }
 
-// Raises the cut to what the most promising rows reach, and forgets them: they will pass.
-void Scan::fulfil(int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle) {
-  for (int q = 0; q < batch_.count; ++q) {
-    std::vector<Promising> best;
-    for (const Member& member : members) {
-      const std::vector<Promising>& some = member.promising[size_t(q)];
-      best.insert(best.end(), some.begin(), some.end());
-    }
-    const int64_t count = std::min<int64_t>(most_promising, int64_t(best.size()));
-    if (count > 0) std::nth_element(best.begin(), best.begin() + (count - 1), best.end(), greater);
-    Candidate* items = candidates(q);
-    for (int64_t i = 0; i < count; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
-    batch_.rescore(items, count, q);
-    fill_[size_t(q)] = uint32_t(count);
-    settle(q);
-    fill_[size_t(q)] = 0;
+// Raises a query's cut to what its most promising rows reach, and forgets them: they will pass.
+void Scan::fulfil(int q, int64_t most_promising, std::vector<Member>& members, const SettleQuery& settle) {
+  std::vector<Promising> best;
+  for (const Member& member : members) {
+    const std::vector<Promising>& some = member.promising[size_t(q)];
+    best.insert(best.end(), some.begin(), some.end());
   }
+  const int64_t count = std::min<int64_t>(most_promising, int64_t(best.size()));
+  if (count > 0) std::nth_element(best.begin(), best.begin() + (count - 1), best.end(), greater);
+  Candidate* items = candidates(q);
+  for (int64_t i = 0; i < count; ++i) items[i] = Candidate{best[size_t(i)].row, 0, 0};
+  batch_.rescore(items, count, q);
+  fill_[size_t(q)] = uint32_t(count);
+  settle(q);
+  fill_[size_t(q)] = 0;
 }
 
 // A row whose codes are read as well costs more than it saves if two others are not.

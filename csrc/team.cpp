@@ -98,6 +98,14 @@ void Team::run(const std::function<void(int)>& job) {
   }
 }
 
+void Team::share(int count, const std::function<void(int)>& job) {
+  if (count == 1) return job(0);
+  std::atomic<int> next{0};
+  run([&](int) {
+    for (int i; (i = next.fetch_add(1)) < count;) job(i);
+  });
+}
+
 void Team::work(int member) {
   int64_t seen = 0;
   while (true) {

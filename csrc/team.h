@@ -35,6 +35,8 @@ class Team {
   // first exception. A job's work is taken piece by piece by whoever is there: a member that wakes up only after the caller
   // has found nothing left does not begin, so that nobody waits for it.
   void run(const std::function<void(int)>& job);
+  // Runs job(i) for all i < count, each on one member; a single one without waking anybody.
+  void share(int count, const std::function<void(int)>& job);
 
  private:
   friend BorrowedTeam borrow_team(int threads);
