@@ -135,7 +135,7 @@ def methods() -> list[Method]:
     found = [
         Method("ours bfloat16", 2, True, "bfloat16", _ours("bfloat16", True)),
         Method(
-            "ours compressed bfloat16", 1, True, "int8", _ours("bfloat16", True, compressed=True), 80 / 128
+            "ours compressed bfloat16", 1, True, "int8", _ours("bfloat16", True, compressed=True), 64 / 128
         ),
         Method("ours bfloat16, search only", 2, False, "bfloat16", _ours("bfloat16", False)),
         Method("ours float16", 2, True, "bfloat16", _ours("float16", True)),
