@@ -28,22 +28,23 @@ static inline int64_t code_bytes(int dim) { return (int64_t(dim) + 63) / 64 * 64
 static constexpr int most_coded_dim = 65536;  // of sums of their products in 32 bits
 
 // The sketch of a row: four bits for each value, by trellis-coded quantization (Marcellin and Fischer, 1990): the levels among
-// which a value's code chooses are higher by 4, 8 or 12, as the upper two bits of the code before it in its chain say; a chain
-// begins as if after `code_before_all`. The levels lie where least is missing of normally distributed values, as far as seven
-// bits and this simple a rule can say.
-static constexpr unsigned char sketch_levels[16] = {24, 47, 64, 84, 37, 55, 73, 105, 10, 42, 60, 78, 31, 51, 68, 91};
-static constexpr int raising_bits = 12, code_before_all = 8;
-static inline int level_of(int code, int before) { return sketch_levels[code] + (before & raising_bits); }
+// which a value's code chooses are higher by 4, 8 or 12, as the upper two bits of the code before it say. The levels lie where
+// least is missing of normally distributed values, as far as seven bits and this simple a rule can say.
+static constexpr unsigned char sketch_levels[16] = {28, 48, 63, 81, 39, 56, 71, 102, 13, 44, 59, 76, 34, 52, 67, 87};
+static constexpr int raising_bits = 12;
+static constexpr int level_of(int code, int before) { return sketch_levels[code] + (before & raising_bits); }
 static constexpr int twice_mid_level = 127;
 
-// For every 128 values come 64 bytes: byte i holds the code of value i in its lower half, that of value 64 + i in its upper half.
-// The bytes i of all groups are a chain.
+// For every 128 values come 64 bytes: byte i holds the code of value i in its lower half, that of value 64 + i in its upper
+// half. Every eight bytes are a ring of sixteen codes: before a byte's upper half comes its lower, before that the upper half of
+// the byte before, and before the first byte the last.
+static constexpr int codes_of_ring = 16, rings_of_group = 8;
 static inline int64_t sketch_groups(int dim) { return (int64_t(dim) + 127) / 128; }
 static inline int64_t sketch_bytes(int dim) { return sketch_groups(dim) * 64; }
 
 // Two more bits for each value: of what a sketch misses, in steps of so many of the sketch's. For every 256 values come 64
 // bytes: byte i holds, from its lowest bits on, values i, 64 + i, 128 + i and 192 + i.
-static constexpr double refinement_step = 1.5;
+static constexpr double refinement_step = 1.25;
 static inline int64_t refinement_groups(int dim) { return (int64_t(dim) + 255) / 256; }
 static inline int64_t refinement_bytes(int dim) { return refinement_groups(dim) * 64; }
 
