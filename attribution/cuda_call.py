@@ -57,6 +57,7 @@ class Call:
             cuda_device.require_current(self.library, self.device)
             inputs = arrays.open_inputs(on_host(queries), gallery, on_host(scale), on_host(offset))
             self.gallery, self.host_inputs = Streamed(self.library, self.device, inputs), inputs
+        inputs.require_finite_queries()
         self.queries, self.offset = inputs.queries, inputs.offset
 
     @property

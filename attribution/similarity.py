@@ -41,6 +41,7 @@ __all__ = [
     "search",
 ]
 
+INTEGERS = (int, np.integer)
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "cuda")
 
 # A query with more scores of weight than this outside its top k gets its sum from a second walk.
@@ -244,6 +245,8 @@ class Call:
             raise ValueError(f"impl: wanted one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self.impl = "cpu" if impl == "auto" else impl
         self.inputs = arrays.open_inputs(queries, gallery, scale, offset)
+        if self.impl == "reference":
+            self.inputs.require_finite_queries()
         self.threads = _positive(self._default_threads() if threads is None else threads, "threads")
 
     def _default_threads(self) -> int:
@@ -265,7 +268,7 @@ class Call:
 
 
 def _positive(value: int, name: str) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if not isinstance(value, INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name}: wanted an integer >= 1, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: wanted an integer >= 1, got {value}")

@@ -1,8 +1,10 @@
 // The module `attribution_extension`. attribution/similarity.py is its only caller and has checked shapes and types;
-// what is checked again here is what would otherwise read outside an array.
+// what is checked again here is what would otherwise read outside an array. Only here it is seen whether queries are finite.
 #include "bindings.h"
 
+#include <cmath>
 #include <limits>
+#include <string>
 
 #include "compression.h"
 #include "dispatch.h"
@@ -62,6 +64,9 @@ Gallery gallery_of(const Shards& shards, const std::string& storage_name, int64_
 Queries queries_of(const FloatArray& queries, const std::optional<FloatArray>& offset) {
   require(queries.ndim() == 2, "queries: wanted [queries, dim]");
   require(!offset || (offset->ndim() == 1 && offset->shape(0) == queries.shape(0)), "offset: wanted one value per query");
+  for (py::ssize_t i = 0; i < queries.size(); ++i)
+    if (!std::isfinite(queries.data()[i]))
+      throw std::invalid_argument("queries: row " + std::to_string(i / queries.shape(1)) + ": wanted finite values, got NaN or infinity");
   return {queries.data(), offset ? offset->data() : nullptr, queries.shape(0)};
 }
 

@@ -53,6 +53,7 @@ float Scan::high(double threshold, float error) { return -below(-(threshold + do
 
 std::vector<Scan::Member> Scan::members(int thresholds) {
   std::vector<Member> all;
+  all.reserve(size_t(run_.team->size()));
   for (int id = 0; id < run_.team->size(); ++id) {
     all.emplace_back(*this, id, thresholds);
     if (tally_ != nullptr) all.back().dense = AlignedBytes(run_.set->canonical_scratch_bytes(gallery_.dim) + dense_bytes);
