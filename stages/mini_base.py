@@ -1,7 +1,7 @@
 """The parts of the mini world's base model, untrained: the classes that load Stable Diffusion, small."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from attribution.files import content_key
 from miniworld.captions import vocabulary
 
 
@@ -39,6 +40,11 @@ class Params:
     caption_dropout: float
     min_snr_gamma: float
     checkpoint_seconds: float
+
+    def scratch(self, folder: Path) -> Path:
+        """Where their unfinished work lies, in `folder`: no other settings' is ever taken for it."""
+        machine = ("device", "workers", "checkpoint_seconds")
+        return folder / content_key({key: value for key, value in asdict(self).items() if key not in machine})
 
 
 def new_autoencoder(params: Params) -> AutoencoderKL:

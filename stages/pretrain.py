@@ -5,9 +5,9 @@ Out:  data/base/mini, a folder `StableDiffusionPipeline.from_pretrained` opens (
 Cost: see the README's table of stages; this stage is frozen, its output is shipped. To run it again:
 `dvc repro --force --single-item pretrain` after `frozen: false`, or `python -m stages.pretrain`.
 
-Four steps, each resumable from data/pretraining/: render the corpus, train the AutoencoderKL, encode the
-corpus once, train UNet2DConditionModel and CLIPTextModel together on the cached latents (v-prediction,
-min-SNR weights arXiv:2303.09556, 10 % caption dropout, EMA).
+Four steps, each resumable from a folder of these settings in data/pretraining/: render the corpus, train the
+AutoencoderKL, encode the corpus once, train UNet2DConditionModel and CLIPTextModel together on the cached
+latents (v-prediction, min-SNR weights arXiv:2303.09556, 10 % caption dropout, EMA).
 """
 
 from pathlib import Path
@@ -209,7 +209,8 @@ def run(params: Params, *, out: Path, scratch: Path) -> None:
 def main() -> None:
     """`python -m stages.pretrain`, or under torchrun."""
     join_processes()
-    run(load_params(Params, "pretrain"), out=Path("data/base/mini"), scratch=Path("data/pretraining"))
+    params = load_params(Params, "pretrain")
+    run(params, out=Path("data/base/mini"), scratch=params.scratch(Path("data/pretraining")))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ kept in heads.safetensors for the gate. ssl: the same net under SimCLR (arXiv:20
 open_clip model on (picture, caption) pairs (arXiv:2103.00020).
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from attribution.backbones import write_backbone
 from attribution.command import command_line
-from attribution.files import atomic_path
+from attribution.files import atomic_path, content_key
 from attribution.params import load_params
 from miniworld.corpus import corpus_scene
 from miniworld.readings import READINGS, true_readings
@@ -204,37 +205,41 @@ def clip_config(params: Params, vocabulary: int, positions: int) -> dict[str, An
 
 
 def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, scratch: Path) -> None:
-    """Trains each backbone that is not in `out` yet; each is written whole or not at all."""
+    """Trains each backbone that `scratch` does not hold yet for these settings; writes all to `out`."""
     device = open_device(corpus_params.device)
     corpus = render_corpus(corpus_params, scratch / "corpus.npy")
     tokenizer = load_tokenizer(base / "tokenizer")
+    done = scratch / f"backbones-{content_key(params, corpus_params.seed, base / 'tokenizer')}"
     revision = f"corpus {corpus_params.seed}/{corpus_params.pictures}"
     resnet = {"library": "timm", **_RESNET, "preprocess": _PREPROCESS, "revision": revision}
-    if not (out / "supervised" / "heads.safetensors").exists():
+    if not (done / "supervised" / "heads.safetensors").exists():
         scenes = (corpus_scene(corpus_params.seed, i) for i in range(len(corpus)))
         labels = np.array([list(true_readings(scene).values()) for scene in scenes])
         net, heads = train_supervised(params, corpus, labels, device)
-        write_backbone(out / "supervised", resnet, net)
-        with atomic_path(out / "supervised" / "heads.safetensors") as temporary:
+        write_backbone(done / "supervised", resnet, net)
+        with atomic_path(done / "supervised" / "heads.safetensors") as temporary:
             save_file({k: v.half() for k, v in heads.state_dict().items()}, temporary)
-    if not (out / "ssl").exists():
-        write_backbone(out / "ssl", resnet, train_ssl(params, corpus, device))
-    if not (out / "clip").exists():
+    if not (done / "ssl").exists():
+        write_backbone(done / "ssl", resnet, train_ssl(params, corpus, device))
+    if not (done / "clip").exists():
         tokens = tokenize_corpus(corpus_params, tokenizer, scratch / "tokens.npy")
         config = clip_config(params, len(tokenizer), corpus_params.text_positions)
         net = train_clip(params, corpus, tokens, config, device)
         write_backbone(
-            out / "clip",
+            done / "clip",
             {"library": "open_clip", "model_cfg": config, "preprocess": _PREPROCESS, "revision": revision},
             net,
         )
+    with atomic_path(out) as temporary:
+        shutil.copytree(done, temporary)
 
 
 def main() -> None:
     """`python -m stages.pretrain_backbones`."""
+    corpus_params = load_params(CorpusParams, "pretrain")
     run(
-        load_params(Params, "pretrain_backbones"), load_params(CorpusParams, "pretrain"),
-        base=Path("data/base/mini"), out=Path("data/backbones"), scratch=Path("data/pretraining"),
+        load_params(Params, "pretrain_backbones"), corpus_params, base=Path("data/base/mini"),
+        out=Path("data/backbones"), scratch=corpus_params.scratch(Path("data/pretraining")),
     )  # fmt: skip
 
 

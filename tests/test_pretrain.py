@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from attribution.backbones import BackboneSettings, load_backbone
+from attribution.files import read_json
 from attribution.params import load_params
 from miniworld.captions import vocabulary
 from stages import mini_base, pretrain, pretrain_backbones, training
@@ -117,6 +118,19 @@ def test_autoencoder_learns(tmp_path: Path) -> None:
     torch.manual_seed(params.seed)
     untrained = error(mini_base.new_autoencoder(params).eval())
     assert error(pretrain.train_autoencoder(params, corpus, tmp_path)) < 0.7 * untrained
+
+
+def test_other_settings_begin_anew_where_other_machines_go_on(trained: Path, tmp_path: Path) -> None:
+    here = PARAMS.scratch(tmp_path)
+    assert here.parent == tmp_path
+    assert replace(PARAMS, device="cpu", workers=9, checkpoint_seconds=1.5).scratch(tmp_path) == here
+    assert replace(PARAMS, pictures=PARAMS.pictures + 1).scratch(tmp_path) != here
+    for width in (32, 64):
+        pretrain_backbones.run(
+            replace(BACKBONES, clip_width=width), PARAMS, base=trained / "base", out=tmp_path / "backbones",
+            scratch=trained / "scratch",
+        )  # fmt: skip
+        assert read_json(tmp_path / "backbones" / "clip" / "config.json")["model_cfg"]["embed_dim"] == width
 
 
 def test_backbones_are_written_and_loaded(trained: Path, tmp_path: Path) -> None:
