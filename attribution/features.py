@@ -113,12 +113,14 @@ class FeatureSet:
             for piece in _without(_open_shard(file, shard, space, verify, do), shard.get("without", []))
         )
         try:
-            ids = pq.read_metadata(path / "rows.parquet").num_rows
+            rows = pq.read_metadata(path / "rows.parquet")
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}/rows.parquet: not a parquet file; {do}") from error
+        if missing := {"image_id", "sha256"}.difference(columns := rows.schema.names):
+            raise ValueError(f"{path}/rows.parquet: no column {min(missing)} among {columns}; {do}")
         vectors = sum(len(shard) for shard in shards)
-        if not ids == vectors == count:
-            raise ValueError(f"{path}: {ids} ids but {vectors} vectors ({count} written); {do}")
+        if not rows.num_rows == vectors == count:
+            raise ValueError(f"{path}: {rows.num_rows} ids but {vectors} vectors ({count} written); {do}")
         return FeatureSet(path, space, shards)
 
     def __len__(self) -> int:

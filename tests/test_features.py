@@ -166,6 +166,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "not the record of a feature set",
     ),
     "missing shard": (lambda path: (path / "img_emb_1.npy").unlink(), "shard img_emb_1.npy is missing"),
+    "ids of another name": (
+        lambda path: pq.write_table(
+            pq.read_table(path / "rows.parquet").rename_columns(["id", "sha256"]), path / "rows.parquet"
+        ),
+        r"rows.parquet: no column image_id among \['id', 'sha256'\]; run: dvc repro featurize@clip",
+    ),
     "fewer ids": (drop_row, r"clip/queries: 6 ids but 7 vectors \(7 written\)"),
     "wrong count": (lambda path: change_record(path, rows=8), r"7 ids but 7 vectors \(8 written\)"),
     "shard of fewer rows": (
