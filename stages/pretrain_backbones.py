@@ -205,11 +205,11 @@ def clip_config(params: Params, vocabulary: int, positions: int) -> dict[str, An
 
 
 def run(params: Params, corpus_params: CorpusParams, *, base: Path, out: Path, scratch: Path) -> None:
-    """Trains each backbone that `scratch` does not hold yet for these settings; writes all to `out`."""
+    """Trains what `scratch`, of this corpus, does not hold for `params`; writes all backbones to `out`."""
     device = open_device(corpus_params.device)
     corpus = render_corpus(corpus_params, scratch / "corpus.npy")
     tokenizer = load_tokenizer(base / "tokenizer")
-    done = scratch / f"backbones-{content_key(params, corpus_params.seed, base / 'tokenizer')}"
+    done = scratch / f"backbones-{content_key(params, base / 'tokenizer')}"
     revision = f"corpus {corpus_params.seed}/{corpus_params.pictures}"
     resnet = {"library": "timm", **_RESNET, "preprocess": _PREPROCESS, "revision": revision}
     if not (done / "supervised" / "heads.safetensors").exists():
