@@ -6,7 +6,7 @@ Each time is the least of several attempts: on the wall, and of the processors f
 processes disturb less (`chrt -f 10` before the command keeps them away from all methods alike). Beside it
 stands the fraction of this machine's own limit: the time to read the gallery once, or to do its multiply-adds
 at peak, whichever is longer. Where others share the machine, its pace changes from moment to moment: it is
-measured right before every attempt, and the fraction is the median of what all attempts reached of it.
+measured right before and after every attempt; the fraction is the median of what all attempts reached of it.
 preparation_seconds is what a method did to the float32 gallery before the first query.
 """
 
@@ -41,6 +41,8 @@ def unit_rows(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return made
 
 
+# Who takes so many times as long as the fastest is tried once: no more attempts make a rival of it.
+OUTCLASSED = 40
 STEADY = 0.1  # paces before and after an attempt that differ by less than this part of them
 
 
@@ -161,6 +163,8 @@ def measure_case(
         if done and time.perf_counter() > end:
             break
         for method in chosen:
+            if done and _least(attempts[method.name]) > OUTCLASSED * min(map(_least, attempts.values())):
+                continue
             keep_to_quietest(options.threads)
             before = limits.pace(method.arithmetic)
             wall, processor, found[method.name] = timed(searches[method.name], queries, k)
@@ -172,6 +176,10 @@ def measure_case(
         if agreement < 0.8:
             raise RuntimeError(f"{name}: agrees with {chosen[0].name} on {agreement:.2f} of the top {k} only")
     return attempts
+
+
+def _least(attempts: list[Attempt]) -> float:
+    return min(attempt.wall for attempt in attempts)
 
 
 def print_case(rows: list[dict[str, Any]]) -> None:
@@ -231,7 +239,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, 16, 32, 256, 1024])
     parser.add_argument("--k", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--threads", type=int, default=similarity.threads_allowed())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20, help="after so many a case begins no round")
     parser.add_argument("--only", help="methods whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS / "similarity.json")
