@@ -10,9 +10,15 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
+// partial_sort is a heap sort, which takes longer where k are most of them.
+void put_in_order(int64_t k, Candidate* first, Candidate* last) {
+  Candidate* top = first + std::min<int64_t>(k, last - first);
+  if (top != last) std::nth_element(first, top, last, better);
+  std::sort(first, top, better);
+}
+
 void Part::append(const Request& request, Candidate* first, Candidate* last, bool is_wide) {
   Candidate* top = first + std::min<int64_t>(request.k, last - first);
-  std::partial_sort(first, top, last, better);
   Candidate* end = top;
   if (request.calibration != nullptr && request.calibration->b < 0 && !is_wide && top != first) {
     end = std::partition(top, last, [&](const Candidate& item) { return request.calibration->weight(item.score, first->score) > 0; });
@@ -38,6 +44,7 @@ Part merge(const Request& request, const std::vector<const Part*>& parts) {
       wide |= part->wide[size_t(q)] != 0;
       if (!part->sums.empty()) sum.add(part->sums[size_t(q)]);
     }
+    put_in_order(request.k, items.data(), items.data() + items.size());
     merged.append(request, items.data(), items.data() + items.size(), wide);
     if (request.calibration != nullptr && request.calibration->b == 0) merged.sums.push_back(sum);
   }

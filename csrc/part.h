@@ -24,13 +24,16 @@ struct Part {
   int64_t queries() const { return int64_t(begin.size()) - 1; }
   const Candidate* of(int64_t q) const { return items.data() + begin[size_t(q)]; }
   int64_t count(int64_t q) const { return begin[size_t(q) + 1] - begin[size_t(q)]; }
-  // Takes the query's candidates, canonical and in any order, as the next query's.
+  // Takes the query's candidates, canonical and put in order, as the next query's.
   void append(const Request& request, Candidate* first, Candidate* last, bool is_wide);
 };
 
 inline bool better(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.row < b.row);
 }
+
+// The best k first, in order; the others behind them in any.
+void put_in_order(int64_t k, Candidate* first, Candidate* last);
 
 Part merge(const Request& request, const std::vector<const Part*>& parts);
 

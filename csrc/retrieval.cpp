@@ -64,7 +64,9 @@ void gather(const Run& run, const Filters& filters, const Request& request, int6
 
   std::vector<uint32_t> left(size_t(batch.count));
   run.team->share(batch.count, [&](int q) {
-    left[size_t(q)] = selection.finish(q, scan.candidates(q), scan.fill(q), cut[size_t(q)]);
+    Candidate* items = scan.candidates(q);
+    left[size_t(q)] = selection.finish(q, items, scan.fill(q), cut[size_t(q)]);
+    put_in_order(request.k, items, items + left[size_t(q)]);
   });
   for (int q = 0; q < batch.count; ++q) {
     Candidate* items = scan.candidates(q);
