@@ -207,6 +207,7 @@ const InstructionSet* instruction_set_portable();
 const InstructionSet* instruction_set_avx2();
 const InstructionSet* instruction_set_avx512f();
 const InstructionSet* instruction_set_avx512_bf16();
+const InstructionSet* instruction_set_avx512_bf16_zen4();
 const InstructionSet* instruction_set_avx512_amx();
 
 // The most capable one that this machine runs, or the one that ATTRIBUTION_ISA names. Throws std::invalid_argument for

@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(ATTRIBUTION_AMX) && !defined(ATTRIBUTION_EMULATED_AMX)
+#ifdef ATTRIBUTION_X86
 #include <cpuid.h>
+#endif
+#if defined(ATTRIBUTION_AMX) && !defined(ATTRIBUTION_EMULATED_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,6 +31,14 @@ bool may_use_matrices() {
 }
 #endif
 
+#ifdef ATTRIBUTION_X86
+// AMD's family of Zen 3 and Zen 4.
+bool zen4() {
+  unsigned eax = 0, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ((eax >> 8) & 15) + ((eax >> 20) & 255) == 0x19;
+}
+#endif
+
 bool runs(const std::string& name) {
 #ifdef ATTRIBUTION_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -38,7 +48,7 @@ bool runs(const std::string& name) {
   if (name == "avx512f") return avx512f;
   const bool avx512_bf16 = avx512f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                            __builtin_cpu_supports("avx512vbmi");
-  if (name == "avx512_bf16") return avx512_bf16;
+  if (name == "avx512_bf16" || name == "avx512_bf16_zen4") return avx512_bf16;
 #ifdef ATTRIBUTION_AMX
   if (name == "avx512_amx") return avx512_bf16 && may_use_matrices();
 #endif
@@ -48,14 +58,17 @@ bool runs(const std::string& name) {
 
 // Best first.
 std::vector<const InstructionSet*> compiled() {
+  std::vector<const InstructionSet*> sets;
 #ifdef ATTRIBUTION_AMX
-  return {instruction_set_avx512_amx(), instruction_set_avx512_bf16(), instruction_set_avx512f(), instruction_set_avx2(),
-          instruction_set_portable()};
-#elif defined(ATTRIBUTION_X86)
-  return {instruction_set_avx512_bf16(), instruction_set_avx512f(), instruction_set_avx2(), instruction_set_portable()};
-#else
-  return {instruction_set_portable()};
+  sets = {instruction_set_avx512_amx()};
 #endif
+#ifdef ATTRIBUTION_X86
+  sets.insert(sets.end(), {instruction_set_avx512_bf16(), instruction_set_avx512_bf16_zen4()});
+  if (zen4()) std::swap(sets.end()[-2], sets.end()[-1]);
+  sets.insert(sets.end(), {instruction_set_avx512f(), instruction_set_avx2()});
+#endif
+  sets.push_back(instruction_set_portable());
+  return sets;
 }
 
 }  // namespace

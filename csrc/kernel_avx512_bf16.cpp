@@ -8,5 +8,5 @@
 #define ATTRIBUTION_PAIRS
 #define ATTRIBUTION_QUADS
 // The fastest on Zen 5. On Intel it takes 2.5 times as long, but its machines that have all this have AMX, nearly all.
-#define ATTRIBUTION_READ_ONCE 0
+#define ATTRIBUTION_READ past_l2
 #include "kernel.inc"
