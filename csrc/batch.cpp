@@ -104,10 +104,10 @@ bool Batch::overflows(const Prepared& prepared) const {
 }
 
 void Batch::rescore(Candidate* items, int64_t count, int q) const {
-  constexpr int most = 64, together = 4;
+  constexpr int most = 64, together = 8;
   const auto ask_for = [this](const unsigned char* const* some_rows, int some) {
     for (int i = 0; i < some; ++i)
-      for (int64_t byte = 0; byte < gallery.dim * bytes_of(gallery.storage); byte += 64) __builtin_prefetch(some_rows[i] + byte);
+      for (int64_t byte = 0; byte < gallery.dim * bytes_of(gallery.storage); byte += 64) __builtin_prefetch(some_rows[i] + byte, 0, 2);
   };
   const unsigned char* places[most];
   double dots[most];

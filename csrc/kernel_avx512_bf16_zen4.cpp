@@ -6,5 +6,6 @@
 #define ATTRIBUTION_ROWWISE 16
 #define ATTRIBUTION_PAIRS
 #define ATTRIBUTION_QUADS
+#define ATTRIBUTION_QUARTERS
 #define ATTRIBUTION_READ into_l2
 #include "kernel.inc"

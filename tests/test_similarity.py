@@ -65,6 +65,29 @@ def test_every_size_agrees_with_the_reference(count: int, rows: int, dim: int) -
         np.testing.assert_array_equal(*counts)
 
 
+# Every arrangement of rows of two bytes: of one query, of few, of sixteen, of tiles.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 7, 8, 31, 33, 96, 127])
+@pytest.mark.parametrize("count", [1, 3, 7, 11, 16, 17])
+def test_halves_of_every_size_agree_with_the_reference(count: int, dim: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(count * dim)
+    for rows in (1, 3, 5, 98, 202):
+        queries, gallery = oracle.planted(rng, count, rows, dim)
+        halves = torch.from_numpy(gallery).to(dtype)
+        mapped = {
+            "scale": rng.uniform(0, 2, rows).astype(np.float32),
+            "offset": rng.standard_normal(count).astype(np.float32),
+        }
+        for arguments in ({}, mapped):
+            reference, fast = both(queries, halves, k=10, **SHARP, **arguments)
+            assert_same(reference, fast, exact=False)
+            counts = [
+                similarity.count_larger(queries, halves, reference.scores[:, :3], impl=impl, **arguments)
+                for impl in IMPLEMENTATIONS
+            ]
+            np.testing.assert_array_equal(*counts)
+
+
 @pytest.mark.parametrize("k", [1, 2, 100, 499, 500, 501, 1200])
 def test_k_up_to_and_beyond_the_gallery(k: int) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(2), 5, 500, 32)
