@@ -58,6 +58,12 @@ class Gallery {
     });
   }
 
+  // The block that row `index` is in.
+  int64_t block_of_row(int64_t index) const {
+    const size_t s = holder(first_row_, index);
+    return first_block_[s] + (index - first_row_[s]) / block_rows;
+  }
+
   // The block of row `index` alone.
   Block single_row(int64_t index) const {
     const size_t s = holder(first_row_, index);

@@ -1,6 +1,7 @@
 #include "retrieval.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -11,6 +12,8 @@ namespace attribution {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
+// Where there are fewer, candidates cost less than jumps in memory do.
+constexpr int64_t guessed_queries = 16, guessed_k = 32;
 
 int useful_threads(const Limits& limits, const Gallery& gallery) {
   return int(std::max<int64_t>(1, std::min<int64_t>(limits.threads, gallery.blocks())));
@@ -45,8 +48,8 @@ struct Filters {
   std::optional<Sieve> sieve;
 };
 
-// The first walk, of one batch.
-void gather(const Run& run, const Filters& filters, const Request& request, int64_t fresh, int64_t first_row, Part* part) {
+// The first walk, of one batch. guess: whether cuts may be guesses. Returns whether they were right; the part is as it was if not.
+bool gather(const Run& run, const Filters& filters, const Request& request, int64_t fresh, int64_t first_row, bool guess, Part* part) {
   const Batch& batch = filters.values;
   const int64_t rows = batch.gallery.rows(), top = std::max<int64_t>(1, std::min(request.k, rows));
   const bool softmax = request.calibration != nullptr && request.calibration->b == 0;
@@ -59,15 +62,20 @@ void gather(const Run& run, const Filters& filters, const Request& request, int6
       sums[size_t(member)][size_t(q)].add(*run.set, scores, count, request.calibration->inv_tau);
     };
   Scan scan(run, batch, filters.of_codes(), filters.sieve && !softmax ? &*filters.sieve : nullptr);
-  scan.select(cut, selection.keep(), fresh, 2 * top,
-              [&](int q, Candidate* items, uint32_t fill) { return selection.settle(q, items, fill, cut[size_t(q)]); }, tally);
+  const Scan::Settle settle = [&](int q, Candidate* items, uint32_t fill, double sampled) {
+    return selection.settle(q, items, fill, cut[size_t(q)], sampled);
+  };
+  scan.select(cut, selection.keep(), fresh, 2 * top, settle, tally, guess);
 
   std::vector<uint32_t> left(size_t(batch.count));
+  std::atomic<bool> missed{false};
   run.team->share(batch.count, [&](int q) {
     Candidate* items = scan.candidates(q);
     left[size_t(q)] = selection.finish(q, items, scan.fill(q), cut[size_t(q)]);
+    if (selection.missed(q, cut[size_t(q)])) missed = true;
     put_in_order(request.k, items, items + left[size_t(q)]);
   });
+  if (missed) return false;
   for (int q = 0; q < batch.count; ++q) {
     Candidate* items = scan.candidates(q);
     for (uint32_t i = 0; i < left[size_t(q)]; ++i) items[i].row += first_row;
@@ -76,6 +84,20 @@ void gather(const Run& run, const Filters& filters, const Request& request, int6
     part->sums.emplace_back();
     for (const std::vector<SoftmaxSum>& member : sums) part->sums.back().add(member[size_t(q)]);
   }
+  return true;
+}
+
+// With guesses where they save something.
+void gather(const Run& run, const Filters& filters, const Request& request, int64_t fresh, int64_t first_row, Part* part) {
+  const bool softmax = request.calibration && request.calibration->b == 0;
+  try {
+    if (filters.values.count >= guessed_queries && request.k >= guessed_k && !softmax &&
+        gather(run, filters, request, fresh, first_row, true, part))
+      return;
+  } catch (const std::invalid_argument&) {
+    // of some row: the walk that takes them in order names the first
+  }
+  gather(run, filters, request, fresh, first_row, false, part);
 }
 
 // The second walk, of one batch: all the weight in the gallery for queries whose best score is known.

@@ -41,7 +41,7 @@ bool finite_row(const unsigned char* row, Storage storage, int dim) {
 }  // namespace
 
 Scan::Scan(const Run& run, const Batch& batch, const Batch* codes, const Sieve* sieve)
-    : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes), sieve_(sieve) {
+    : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes), sieve_(sieve), order_(batch.gallery.blocks(), false) {
   const char* variable = std::getenv("ATTRIBUTION_CODES");
   always_codes_ = variable != nullptr && std::strcmp(variable, "always") == 0;
   const int64_t row_bytes = sieve ? sketch_bytes(gallery_.dim) : codes ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
@@ -294,11 +294,14 @@ void Scan::stretch(int64_t begin, int64_t end, std::vector<Member>& members, std
     member.values.stale = true;
     if (member.codes) member.codes->stale = true;
   }
-  take_turns(begin, end, next, [&](int id, int64_t index, int64_t following) { take(index, following, members[size_t(id)]); }, nullptr);
+  const auto block = [this](int64_t index) { return index < gallery_.blocks() ? order_.block(index) : index; };
+  take_turns(begin, end, next,
+             [&](int id, int64_t index, int64_t following) { take(block(index), block(following), members[size_t(id)]); }, nullptr);
 }
 
 void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t first_rows, const Settle& settle,
-                  const Tally& tally) {
+                  const Tally& tally, bool sample) {
+  order_ = BlockOrder(gallery_.blocks(), sample);
   cut_ = &cut;
   tally_ = tally ? &tally : nullptr;
   longest_turn_ = std::clamp(turn_candidates / (int64_t(batch_.count) * run_.team->size() * block_rows), int64_t(1), longest_turn_);
@@ -311,11 +314,12 @@ void Scan::select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t 
   int64_t length = (first_rows + block_rows - 1) / block_rows;
   const SettleQuery settle_query = [&](int q) {
     for (Member& member : own) pour(member, q);
-    fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)]);
+    fill_[size_t(q)] = settle(q, candidates(q), fill_[size_t(q)], next <= order_.sampled() ? order_.share(next) : 0);
   };
   if (sieve_ != nullptr && worth_sifting(first_rows)) sift(own, first_rows, next, settle_query);
   while (next < gallery_.blocks()) {
-    stretch(next, std::min(gallery_.blocks(), next + length), own, next);
+    const int64_t end = next < order_.sampled() ? order_.sampled() : gallery_.blocks();
+    stretch(next, std::min(end, next + length), own, next);
     // Fewer candidates come from slow growth, fewer pauses of the team from fast growth.
     length = batch_.count >= 16 ? int64_t(next) : 3 * next;
     run_.team->share(batch_.count, settle_query);

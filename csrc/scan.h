@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "order.h"
 #include "sieve.h"
 #include "team.h"
 
@@ -44,13 +45,15 @@ class Scan {
   using Tally = std::function<void(int member, int query, const float* scores, int64_t count)>;
 
   // Gets candidates[0, fill) of one query and returns how many are left, in place. Called for several queries at once.
-  using Settle = std::function<uint32_t(int query, Candidate* candidates, uint32_t fill)>;
+  // sampled: the share of the gallery that has been walked, if it was a random sample of the blocks; else 0.
+  using Settle = std::function<uint32_t(int query, Candidate* candidates, uint32_t fill, double sampled)>;
 
   // Candidates have scores >= cut[query]; a settle step may raise it. `settle` leaves at most `keep` of them, and is
   // called again when about `fresh` more have come.
-  // With a tally, every block is scored canonically, and the tally gets every score.
+  // With a tally, every block is scored canonically, and the tally gets every score. sample: some blocks, chosen at random,
+  // come first; a row that is refused need not be the gallery's first, then.
   void select(std::vector<float>& cut, int64_t keep, int64_t fresh, int64_t first_rows, const Settle& settle,
-              const Tally& tally);
+              const Tally& tally, bool sample);
   Candidate* candidates(int query) const { return buffer_.get() + query * capacity_; }
   uint32_t fill(int query) const { return fill_[size_t(query)]; }
   static int64_t capacity(int64_t keep, int64_t fresh, int64_t blocks) { return keep + fresh + blocks * own_capacity; }
@@ -129,6 +132,7 @@ class Scan {
   const Visit* visit_ = nullptr;
   const Tally* tally_ = nullptr;
 
+  BlockOrder order_;
   int64_t longest_turn_;  // blocks
   int64_t capacity_ = block_rows;
   uint32_t high_water_ = 0;

@@ -21,13 +21,19 @@ class Selection {
 
   // Drops what has k better items or no weight, returns how many are left and raises the cut. A prefix's k-th best
   // never exceeds the final one and its best score neither: what falls below both now is out for good.
-  uint32_t settle(int q, Candidate* items, uint32_t fill, float& cut);
+  // sampled: what share of the gallery has been seen, if that is a random sample of its blocks: the cut then rises to where
+  // the final one most probably will be, or higher. Else 0.
+  uint32_t settle(int q, Candidate* items, uint32_t fill, float& cut, double sampled);
 
   // The same with canonical scores for all that is left: at the end.
   uint32_t finish(int q, Candidate* items, uint32_t fill, float& cut);
 
+  // Whether, of a query that is finished, some of what belongs to it may have been below a cut that was too high.
+  bool missed(int q, float cut) const { return guess_[size_t(q)] > cut; }
+
  private:
   Candidate* drop_hopeless(int q, Candidate* items, Candidate* end, float& cut) const;
+  Candidate* guess(int q, Candidate* items, Candidate* end, float& cut, double sampled);
   Candidate* sharpen(int q, Candidate* items, Candidate* end, float& cut) const;
   bool windowed(int q) const { return calibration_ != nullptr && !wide(q); }
 
@@ -37,6 +43,8 @@ class Selection {
   const int64_t window_;
   const bool coarse_;
   std::vector<char> wide_;
+  std::vector<float> guess_;  // the highest cut that was not certain
+  bool wrong_guesses_;        // too high, to be found out
 };
 
 }  // namespace attribution
