@@ -53,7 +53,7 @@ STOLEN = 0.02  # the part of its processor time that an attempt may lose to othe
 
 @dataclass(frozen=True)
 class Attempt:
-    """Seconds on the wall, of the processors, and taken from them; and the machine's pace before and after."""
+    """Seconds on the wall, of the processors, and stolen from them; the machine's pace before and after."""
 
     wall: float
     processor: float
@@ -122,8 +122,63 @@ def timed(search: Search, queries: np.ndarray, k: int) -> tuple[float, float, np
     return time.perf_counter() - wall, processor_seconds() - processor, ids
 
 
+class Case:
+    """Some queries and k: the attempts of every method, in rounds."""
+
+    def __init__(self, queries: np.ndarray, k: int, chosen: list[Method]) -> None:
+        self.queries, self.k, self.chosen = queries, k, chosen
+        self.attempts: dict[str, list[Attempt]] = {method.name: [] for method in chosen}
+        self.rounds, self.seconds = 0, 0.0
+
+    def progress(self, options: argparse.Namespace) -> float:
+        return max(self.rounds / options.rounds, self.seconds / options.seconds)
+
+    def round(self, limits: Machine, searches: dict[str, Search]) -> None:
+        begin = time.perf_counter()
+        found: dict[str, np.ndarray] = {}
+        for method in self.chosen:
+            if self.rounds and outclassed(method.name, self.attempts):
+                continue
+            keep_to_quietest(limits.threads)
+            before, stolen = limits.pace(method.arithmetic), stolen_seconds()
+            wall, processor, found[method.name] = timed(searches[method.name], self.queries, self.k)
+            stolen, after = stolen_seconds() - stolen, limits.pace(method.arithmetic)
+            self.attempts[method.name].append(Attempt(wall, processor, stolen, before, after))
+        if not self.rounds:
+            self.require_agreement(found)
+        self.rounds += 1
+        self.seconds += time.perf_counter() - begin
+
+    def require_agreement(self, found: dict[str, np.ndarray]) -> None:
+        first = self.chosen[0].name
+        for name, ids in found.items():
+            # Rounded storage moves a few neighbours; who answers another question does not agree at all.
+            common = [len(np.intersect1d(a, b)) for a, b in zip(ids, found[first], strict=True)]
+            if (agreement := np.mean(common) / self.k) < 0.8:
+                raise RuntimeError(f"{name}: agrees with {first} on {agreement:.2f} of the top {self.k} only")
+
+    def rows(self, threads: int, gallery_rows: int) -> list[dict[str, Any]]:
+        """One for each method."""
+        count, dim = self.queries.shape
+        paces = [attempt.before for of_method in self.attempts.values() for attempt in of_method]
+        case = {"rows": gallery_rows, "dim": dim, "queries": count, "k": self.k}
+        for name in ("read_gb", "read_gb_all_threads"):
+            case[name] = max(getattr(pace, name) for pace in paces)
+        values = gallery_rows * dim
+        return [
+            {"method": method.name, "influence": method.influence, "bytes_per_value": per_value}
+            | case
+            | summary(self.attempts[method.name], threads, values * count, values * per_value)
+            for method in self.chosen
+            for per_value in [method.bytes_read(count)]
+        ]
+
+
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per method, dim, number of queries and k; all there are so far, whenever a case is done."""
+    """One row per method, dim, number of queries and k: of the first dim, of the first two, and so on.
+
+    Rounds of all cases take turns, so that no case has all of its attempts in a bad minute.
+    """
     rng = np.random.default_rng(0)
     limits = Machine(options.threads)
     rows: list[dict[str, Any]] = []
@@ -141,57 +196,16 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             begin = time.perf_counter()
             searches[method.name] = method.build(gallery, options.threads)
             preparation[method.name] = time.perf_counter() - begin
-        for count, k in itertools.product(options.queries, options.k):
-            case = {"rows": options.rows, "dim": dim, "queries": count, "k": k}
-            attempts = measure_case(options, limits, chosen, searches, all_queries[:count], k)
-            paces = [attempt.before for of_method in attempts.values() for attempt in of_method]
-            reading = {
-                name: max(getattr(pace, name) for pace in paces)
-                for name in ("read_gb", "read_gb_all_threads")
-            }
-            for method in chosen:
-                values, per_value = options.rows * dim, method.bytes_read(count)
-                rows.append(
-                    {"method": method.name, "influence": method.influence, "bytes_per_value": per_value}
-                    | {"preparation_seconds": preparation[method.name]}
-                    | case
-                    | reading
-                    | summary(attempts[method.name], limits.threads, values * count, values * per_value)
-                )
-            print_case(rows[-len(chosen) :])
-            yield result
-
-
-def measure_case(
-    options: argparse.Namespace,
-    limits: Machine,
-    chosen: list[Method],
-    searches: dict[str, Search],
-    queries: np.ndarray,
-    k: int,
-) -> dict[str, list[Attempt]]:
-    """All attempts of each method, in rounds."""
-    attempts: dict[str, list[Attempt]] = {method.name: [] for method in chosen}
-    found: dict[str, np.ndarray] = {}
-    end = time.perf_counter() + options.seconds
-    for done in range(options.rounds):
-        if done and time.perf_counter() > end:
-            break
-        for method in chosen:
-            if done and outclassed(method.name, attempts):
-                continue
-            keep_to_quietest(options.threads)
-            before, stolen = limits.pace(method.arithmetic), stolen_seconds()
-            wall, processor, found[method.name] = timed(searches[method.name], queries, k)
-            stolen, after = stolen_seconds() - stolen, limits.pace(method.arithmetic)
-            attempts[method.name].append(Attempt(wall, processor, stolen, before, after))
-    reference = found[chosen[0].name]
-    for name, ids in found.items():
-        # Rounded storage moves a few neighbours; who answers another question does not agree at all.
-        agreement = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(ids, reference, strict=True)])
-        if agreement < 0.8:
-            raise RuntimeError(f"{name}: agrees with {chosen[0].name} on {agreement:.2f} of the top {k} only")
-    return attempts
+        cases = [
+            Case(all_queries[:count], k, chosen) for count, k in itertools.product(options.queries, options.k)
+        ]
+        while (case := min(cases, key=lambda case: case.progress(options))).progress(options) < 1:
+            case.round(limits, searches)
+        for case in cases:
+            of_case = case.rows(limits.threads, options.rows)
+            rows += [row | {"preparation_seconds": preparation[row["method"]]} for row in of_case]
+            print_case(of_case)
+        yield result
 
 
 def outclassed(name: str, attempts: dict[str, list[Attempt]]) -> bool:
@@ -259,7 +273,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--threads", type=int, default=similarity.threads_allowed())
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=20, help="after so many a case begins no round")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="after so many of its own a case begins no round"
+    )
     parser.add_argument("--only", help="methods whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS / "similarity.json")
     options = parser.parse_args()
