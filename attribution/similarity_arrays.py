@@ -206,14 +206,14 @@ def _numpy(array: Any, name: str) -> tuple[np.ndarray, str]:
             return array.view(np.uint16), "bfloat16"
         return array, array.dtype.name if array.dtype.isnative else str(array.dtype)
     if type(array).__module__.split(".")[0] == "torch" and hasattr(array, "detach"):
-        if array.device.type != "cpu":
+        if not array.is_cpu:
             raise ValueError(f"{name}: wanted device cpu, got {array.device}; do: {name}.cpu()")
         storage = str(array.dtype).removeprefix("torch.")
         tensor = array.detach() if array.requires_grad else array
         if storage == "bfloat16":
             import torch
 
-            return tensor.view(torch.int16).numpy().view(np.uint16), storage
+            return tensor.view(torch.uint16).numpy(), storage
         return tensor.numpy(), storage
     raise TypeError(f"{name}: wanted a numpy array or a torch tensor, got {type(array).__name__}")
 
