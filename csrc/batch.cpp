@@ -36,7 +36,8 @@ Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* que
   const auto norm_of = [&](const float* values) {
     return std::sqrt(std::inner_product(values, values + dim, values, 0.0, std::plus<double>(), product)) * (1 + 1e-6);
   };
-  if (filter == Filter::codes) center_norm_ = norm_of(gallery.center);
+  const float* center = filter == Filter::codes ? gallery.center : nullptr;
+  if (center) center_norm_ = norm_of(center);
   for (int q = 0; q < count; ++q) {
     const float* from = queries + rows[size_t(q)] * dim;
     std::copy(from, from + dim, queries_.begin() + q * padded_dim(dim));
@@ -45,8 +46,8 @@ Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* que
     largest_norm_ = std::max(largest_norm_, norm_[size_t(q)]);
     if (offset) own_offset_[size_t(q)] = double(offset[rows[size_t(q)]]);
     double at_center = own_offset_[size_t(q)];
-    if (filter == Filter::codes)
-      at_center += std::inner_product(from, from + dim, gallery.center, 0.0, std::plus<double>(), product);
+    if (center)
+      at_center += std::inner_product(from, from + dim, center, 0.0, std::plus<double>(), product);
     if (!this->offset.empty()) this->offset[size_t(q)] = float(at_center);
     largest_offset_ = std::max(largest_offset_, std::fabs(own_offset_[size_t(q)]) + norm_[size_t(q)] * center_norm_);
   }

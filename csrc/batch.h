@@ -18,16 +18,11 @@ struct AlignedBytes {
 
 enum class Filter {
   values,
-  codes  // of a compressed gallery
+  codes  // of a compressed gallery, or made of values
 };
 
 class Batch {
  public:
-  // Is there a faster filter than the gallery's values for so many queries?
-  static bool has_codes(const InstructionSet& set, const Gallery& gallery, int64_t queries) {
-    return gallery.center != nullptr && set.coded_kernels(int(queries)) != nullptr;
-  }
-
   // queries: [all, dim]; rows: which of them; offset: [all] or null
   Batch(const InstructionSet& set, const Gallery& gallery, const float* queries, const std::vector<int64_t>& rows,
         const float* offset, Filter filter = Filter::values);

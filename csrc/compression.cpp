@@ -3,6 +3,8 @@
 #include <limits>
 #include <numeric>
 
+#include "coded_blocks.h"
+
 namespace attribution {
 
 void compress(const Gallery& gallery, const float* center, int threads, const Interrupt& interrupted, const CodesOut& codes,
@@ -42,10 +44,11 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
   const InstructionSet& set = *choose_instruction_set();
   std::fill(scores, scores + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
   std::fill(errors, errors + queries.count * gallery.rows(), std::numeric_limits<float>::quiet_NaN());
-  if (queries.count == 0 || !Batch::has_codes(set, gallery, queries.count)) return;
+  if (queries.count == 0 || !CodedBlocks::has(set, gallery, queries.count)) return;
   std::vector<int64_t> rows(size_t(queries.count));
   std::iota(rows.begin(), rows.end(), 0);
   const Batch batch(set, gallery, queries.values, rows, queries.offset, Filter::codes);
+  const CodedBlocks coded_blocks(set, gallery);
   AlignedBytes scratch(batch.kernels.scratch_bytes(gallery.storage, gallery.dim));
   const std::vector<float> threshold(size_t(batch.padded), -std::numeric_limits<float>::infinity());
   std::vector<float> error(size_t(batch.padded));
@@ -53,7 +56,7 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
   for (int64_t index = 0; index < gallery.blocks(); ++index) {
     std::vector<uint32_t> fill(size_t(batch.padded), 0);
     Prepared prepared;
-    batch.kernels.prepare(gallery.coded_block(index), gallery.storage, batch.panels.data(), batch.count, gallery.dim,
+    batch.kernels.prepare(coded_blocks.block(index, gallery.blocks()), gallery.storage, batch.panels.data(), batch.count, gallery.dim,
                           scratch.data(), &prepared);
     if (batch.overflows(prepared)) continue;
     prepared.largest_shift = 0;  // candidates bring their own

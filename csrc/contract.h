@@ -76,6 +76,7 @@ struct Block {
   const unsigned char* ahead;  // what this thread will probably read next, or null
   Codes coded;                 // of these rows, where `rows` are codes
   Sketches sketched;           // where they are sketches
+  int64_t ahead_bytes = 0;     // of `ahead`, where `rows` are codes made of values: how many of values
 
   const float* row_scale(int row) const { return scale ? scale + row : nullptr; }
 };
@@ -187,6 +188,9 @@ struct InstructionSet {
   // first row that is not finite, or block.count.
   int (*encode)(const Block& block, Storage storage, const double* center, int dim, double* scratch, CodesOut codes,
                 SketchesOut sketches);
+  // The codes of a block's rows of values, center 0, fast enough to be made for one walk; null where that does not pay. Of a row
+  // that is not finite the norm is NaN.
+  void (*quantize_rows)(const Block& block, Storage storage, int dim, const CodesOut& codes);
   // rows: [count] pointers to rows of [dim], query: [dim] -> dots: [count], as defined above
   void (*canonical_dots)(const unsigned char* const* rows, int count, Storage storage, const float* query, int dim,
                          double* dots);

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <optional>
 
+#include "coded_blocks.h"
 #include "selection.h"
 
 namespace attribution {
@@ -36,7 +37,7 @@ std::vector<int64_t> all_of(const Queries& queries) {
 struct Filters {
   Filters(const Run& run, const Gallery& gallery, const Queries& queries, const std::vector<int64_t>& rows)
       : values(*run.set, gallery, queries.values, rows, queries.offset) {
-    if (Batch::has_codes(*run.set, gallery, values.count))
+    if (CodedBlocks::has(*run.set, gallery, values.count))
       codes.emplace(*run.set, gallery, queries.values, rows, queries.offset, Filter::codes);
     if (codes && Sieve::has(*run.set, gallery, values.count))
       sieve.emplace(*run.set, gallery, queries.values, rows, queries.offset);
@@ -53,7 +54,7 @@ bool gather(const Run& run, const Filters& filters, const Request& request, int6
   const Batch& batch = filters.values;
   const int64_t rows = batch.gallery.rows(), top = std::max<int64_t>(1, std::min(request.k, rows));
   const bool softmax = request.calibration != nullptr && request.calibration->b == 0;
-  Selection selection(batch, top, request.calibration, request.window, filters.codes.has_value());
+  Selection selection(batch, top, request.calibration, request.window, filters.codes && batch.gallery.center);
   std::vector<float> cut(size_t(batch.count), -infinity);
   std::vector<std::vector<SoftmaxSum>> sums(softmax ? size_t(run.team->size()) : 0, std::vector<SoftmaxSum>(size_t(batch.count)));
   Scan::Tally tally;

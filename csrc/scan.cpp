@@ -1,6 +1,6 @@
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "scan_member.h"
 
@@ -42,9 +42,8 @@ bool finite_row(const unsigned char* row, Storage storage, int dim) {
 
 Scan::Scan(const Run& run, const Batch& batch, const Batch* codes, const Sieve* sieve)
     : run_(run), gallery_(batch.gallery), batch_(batch), codes_(codes), sieve_(sieve), order_(batch.gallery.blocks(), false) {
-  const char* variable = std::getenv("ATTRIBUTION_CODES");
-  always_codes_ = variable != nullptr && std::strcmp(variable, "always") == 0;
-  const int64_t row_bytes = sieve ? sketch_bytes(gallery_.dim) : codes ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
+  always_codes_ = told_of_codes("always");
+  const int64_t row_bytes = sieve ? sketch_bytes(gallery_.dim) : codes && gallery_.center ? code_bytes(gallery_.dim) : gallery_.dim * bytes_of(gallery_.storage);
   longest_turn_ = std::max<int64_t>(1, turn_bytes / (block_rows * row_bytes));
 }
 
@@ -92,6 +91,21 @@ void Scan::pour(Member& member, int query) {
 
 void Scan::pour_many(Member& member, int query) {
   if (member.fill[size_t(query)] >= own_candidates) pour(member, query);
+}
+
+// Of a block whose codes were made just now the values are in cache: float32 shows that few candidates reach the cut.
+void Scan::look_closely(const Block& block, const Side& side, Member& member, int query) {
+  Candidate* items = member.buffer.get() + query * own_capacity;
+  uint32_t& fill = member.fill[size_t(query)];
+  uint32_t first = fill;  // of this block's, which were added last
+  while (first > 0 && items[first - 1].row >= block.first_row && items[first - 1].row < block.first_row + block.count) --first;
+  if (first == fill) return;
+  float scores[block_rows];
+  side.batch->close_scores(block, items + first, int(fill - first), query, scores);
+  const float error = side.close_error[size_t(query)], lowest = low(double((*cut_)[size_t(query)]), error);
+  const float* score = scores;
+  for (const uint32_t end = std::exchange(fill, first); first < end; ++first, ++score)
+    if (*score >= lowest) items[fill++] = Candidate{items[first].row, *score, error};
 }
 
 void Scan::hand_over(const Block& block, const Side& side, Member& member, int first, int queries) {
@@ -166,7 +180,7 @@ void Scan::set_thresholds(Prepared& prepared, Side& side) const {
   side.scale = prepared.largest_scale;
   side.shift = prepared.largest_shift;
   side.batch->bound(prepared, side.error.data());
-  if (thresholds_ != nullptr) side.batch->bound_closely(prepared, side.close_error.data());
+  if (thresholds_ != nullptr || codes_are_made()) side.batch->bound_closely(prepared, side.close_error.data());
   for (int q = 0; q < batch_.count; ++q) {
     const float error = side.error[size_t(q)];
     float lowest = cut_ != nullptr ? low(double((*cut_)[size_t(q)]), error) : infinity;
@@ -201,8 +215,7 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   }
   Side& side = *member.codes;
   const Block values = gallery_.block(index);
-  Block block = gallery_.coded_block(index);
-  if (following < gallery_.blocks()) block.ahead = gallery_.coded_block(following).rows;
+  const Block block = member.coded_blocks->block(index, following);
   Prepared prepared;
   codes_->kernels.prepare(block, gallery_.storage, codes_->panels.data(), batch_.count, gallery_.dim, side.scratch.data(),
                           &prepared);
@@ -216,12 +229,14 @@ int Scan::take_codes(int64_t index, int64_t following, Member& member) {
   for (int first = 0; first < batch_.count;) {
     const int some = std::min(batch_.kernels.group(batch_.count - first), batch_.count - first);
     const int64_t found = propose(prepared, first, side, member);
+    const bool at_once = visit_ != nullptr || thresholds_ != nullptr;
+    if (found > 0 && codes_are_made() && !at_once)
+      for (int q = first; q < first + some; ++q) look_closely(values, side, member, q);
     hand_over(values, side, member, first, some);
     first += some;
     // A candidate costs what codes save on so many products, and less is saved where more queries share a row's bytes.
     // One that is visited or decided is scored at once.
-    const bool at_once = visit_ != nullptr || thresholds_ != nullptr;
-    const int products = (batch_.count < 4 ? 4096 : batch_.count <= 8 ? 8192 : 24576) * (at_once ? 4 : 1);
+    const int products = (codes_are_made() ? 6144 : batch_.count < 4 ? 4096 : batch_.count <= 8 ? 8192 : 24576) * (at_once ? 4 : 1);
     const int64_t dearer = std::max(1, products / gallery_.dim);
     if (dearer * found > int64_t(block.count) * some && !always_codes_) {
       member.uncoded_blocks = member.patience;

@@ -85,6 +85,7 @@ class Scan {
   void stretch(int64_t begin, int64_t end, std::vector<Member>& members, std::atomic<int64_t>& next);
   // following: the block this thread will probably take next
   void take(int64_t index, int64_t following, Member& member);
+  bool codes_are_made() const { return codes_ != nullptr && gallery_.center == nullptr; }
   int take_codes(int64_t index, int64_t following, Member& member);
   // The interval in which a score that is not canonical does not tell whether it exceeds the threshold.
   static float low(double threshold, float error);
@@ -94,6 +95,7 @@ class Scan {
   void carefully(const Block& block, int first, Member& member);
   void densely(const Block& block, Member& member);
   void push_exact(Member& member, int query, const Candidate& item);
+  void look_closely(const Block& block, const Side& side, Member& member, int query);
   // block: of values, where the candidates are; side: whose errors they have
   void hand_over(const Block& block, const Side& side, Member& member, int first, int queries);
   void pour(Member& member, int query);

@@ -3,6 +3,7 @@
 #include <limits>
 #include <optional>
 
+#include "coded_blocks.h"
 #include "scan.h"
 
 namespace attribution {
@@ -63,12 +64,15 @@ struct Scan::Member {
         larger(size_t(thresholds) * size_t(scan.batch_.padded), 0),
         buffer(new Candidate[size_t(scan.batch_.padded * own_capacity)]),
         fill(size_t(scan.batch_.padded), 0) {
-    if (scan.codes_ != nullptr) codes.emplace(*scan.codes_, thresholds);
+    if (scan.codes_ == nullptr) return;
+    codes.emplace(*scan.codes_, thresholds);
+    coded_blocks.emplace(*scan.run_.set, scan.gallery_);
   }
 
   int id;
   Side values;
   std::optional<Side> codes;
+  std::optional<CodedBlocks> coded_blocks;
   std::vector<uint32_t> larger;
   std::unique_ptr<Candidate[]> buffer;  // [padded queries][own_capacity]
   std::vector<uint32_t> fill;           // [padded queries]

@@ -1,4 +1,4 @@
-"""A compressed gallery answers with the bits of the gallery itself, and its error bound is certified."""
+"""Codes, of a compressed gallery or made of values, give the bits of values; the error bound is certified."""
 
 import dataclasses
 
@@ -14,6 +14,8 @@ from tests.test_similarity_properties import check_against_the_reference, walks,
 
 # The most queries for which each reads codes: beyond, values filter as fast.
 MOST_CODED = {"avx512_amx": 256, "avx512_bf16": 256, "avx512f": 8, "avx2": 4, "portable": 2}
+# Which make codes of values when they are read.
+QUANTIZING = ("avx512_bf16", "avx512_bf16_zen4")
 # And the most for which each reads sketches.
 MOST_SKETCHED = {"avx512_amx": 4, "avx512_bf16": 4, "avx512f": 4, "avx2": 4, "portable": 0}
 # What codes of sketches say of a value, in half steps, where the one before says nothing.
@@ -41,21 +43,26 @@ def isa(request, monkeypatch) -> str:
 
 
 def assert_same_answers(queries, gallery, settings=SETTINGS, compressed=None, **arguments) -> None:
-    compressed = similarity.compress(gallery) if compressed is None else compressed
+    coded = (gallery, similarity.compress(gallery) if compressed is None else compressed)
+
+    def by_values(ask, one, *more, **named):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ATTRIBUTION_CODES", "never")
+            return ask(queries, one, *more, **named, **arguments)
+
     for chosen in settings:
-        want = similarity.attribute(queries, gallery, **chosen, **arguments)
-        assert_same(want, similarity.attribute(queries, compressed, **chosen, **arguments))
+        want = by_values(similarity.attribute, gallery, **chosen)
+        for one in coded:
+            assert_same(want, similarity.attribute(queries, one, **chosen, **arguments))
     levels = want.scores[:, :3].astype(np.float64)
     levels = np.concatenate([np.where(np.isfinite(levels), levels, 0), np.zeros((len(levels), 1))], axis=1)
     for or_equal in (False, True):
-        np.testing.assert_array_equal(
-            *[
-                similarity.count_larger(queries, one, levels, or_equal=or_equal, **arguments)
-                for one in (gallery, compressed)
-            ]
-        )
+        counts = by_values(similarity.count_larger, gallery, levels, or_equal=or_equal)
+        for one in coded:
+            got = similarity.count_larger(queries, one, levels, or_equal=or_equal, **arguments)
+            np.testing.assert_array_equal(counts, got)
     ids = want.ids[:, ::-1]
-    scores = [similarity.canonical_scores(queries, one, ids, **arguments) for one in (gallery, compressed)]
+    scores = [similarity.canonical_scores(queries, one, ids, **arguments) for one in coded]
     np.testing.assert_array_equal(*scores)
 
 
@@ -88,6 +95,15 @@ def test_every_storage_type_scale_offset_and_shards(isa: str, dtype: torch.dtype
     offset = rng.standard_normal(len(queries)).astype(np.float32)
     for some in (slice(None), slice(2)):
         assert_same_answers(queries[some], list(shards), scale=scale, offset=offset[some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_queries_and_rows_have_codes_made(dtype: torch.dtype) -> None:
+    """As nothing else is said: enough of both that it pays."""
+    rng = np.random.default_rng(14)
+    queries, gallery = oracle.planted(rng, 40, 33_000, 420)
+    gallery[5000:9000] += 3  # where codes say little
+    assert_same_answers(queries, torch.from_numpy(gallery).to(dtype))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e15])
@@ -194,26 +210,52 @@ def test_the_bound_holds_for_every_score(isa: str, kind: str, dim: int, count: i
         queries[:] = 0
         queries[:, i], queries[:, j] = gallery[0, j], -gallery[0, i]
     scale = rng.uniform(0, 3, rows).astype(np.float32)
-    call = similarity.Call(queries, similarity.compress(gallery), scale, offset, "cpu", 1)
-    coded, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
-    most, refined = similarity.load_extension().sketched_bounds(*call.extension_inputs())
     exact = similarity.canonical_scores(
         queries, gallery, np.tile(np.arange(rows), (count, 1)), scale=scale, offset=offset
     )
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(gallery, axis=1) * scale
     telling = kind == "random" and dim >= 64  # where bounds shall be no idle ones
-    if count > MOST_CODED[isa]:
-        assert np.isnan(coded).all()
-    else:
+    for one, has_codes in (
+        (similarity.compress(gallery), count <= MOST_CODED[isa]),
+        (gallery, isa in QUANTIZING),
+    ):
+        call = similarity.Call(queries, one, scale, offset, "cpu", 1)
+        coded, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
+        if not has_codes:
+            assert np.isnan(coded).all()
+            continue
         error = np.abs(coded.astype(np.float64) - exact.astype(np.float64))
         assert (error <= bounds).all()
         assert not telling or (bounds < 0.025 * lengths.max(axis=1, keepdims=True)).all()
+    call = similarity.Call(queries, similarity.compress(gallery), scale, offset, "cpu", 1)
+    most, refined = similarity.load_extension().sketched_bounds(*call.extension_inputs())
     for bound, slack in ((most, 0.22), (refined, 0.11)):
         if count > MOST_SKETCHED[isa]:
             assert np.isnan(bound).all()
         else:
             assert (bound >= exact).all()
             assert not telling or (bound - exact < slack * lengths.max(axis=1, keepdims=True)).all()
+
+
+def test_a_query_along_what_codes_of_values_miss_reaches_its_bound(isa: str) -> None:
+    if isa not in QUANTIZING:
+        pytest.skip("this instruction set makes no codes of values")
+    rng = np.random.default_rng(13)
+    for dim, dtype in ((65, torch.float32), (512, torch.bfloat16), (1000, torch.float16)):
+        gallery = torch.from_numpy(rng.standard_normal((300, dim)).astype(np.float32)).to(dtype)
+        values = gallery.to(torch.float32).numpy()
+        missing = lost(values, 127)
+        reached = []
+        for row in range(len(values)):
+            call = similarity.Call(missing[row : row + 1], gallery, None, None, "cpu", 1)
+            scores, bounds = similarity.load_extension().coded_scores(*call.extension_inputs())
+            exact = similarity.canonical_scores(missing[row : row + 1], gallery, np.array([[row]]))
+            error = abs(float(scores[0, row]) - float(exact[0, 0]))
+            assert error <= bounds[0, row]
+            reached.append(error / bounds[0, row])
+        # The bound allows for rounding to 256ths of a step, at worst, and for the query's own codes. Where a
+        # value lies in the middle of two codes, the other one may have been taken.
+        assert np.median(reached) > 0.97
 
 
 @dataclasses.dataclass
@@ -367,8 +409,14 @@ def test_nothing_in_nothing_out(count: int, rows: int) -> None:
 def test_a_row_that_is_not_finite_is_named(isa: str, value: float, dtype: type) -> None:
     gallery: np.ndarray = np.ones((900, 5), dtype)
     gallery[[700, 850], 3] = value
-    with pytest.raises(ValueError, match=r"gallery row 700: wanted finite values, got NaN or infinity"):
-        similarity.compress([gallery[:100], gallery[100:]])
+    shards = [gallery[:100], gallery[100:]]
+    for ask in (
+        lambda: similarity.compress(shards),
+        lambda: similarity.attribute(np.ones((20, 5), np.float32), shards, k=3, **SHARP),
+        lambda: similarity.count_larger(np.ones((20, 5), np.float32), shards, np.ones((20, 1))),
+    ):
+        with pytest.raises(ValueError, match=r"gallery row 700: wanted finite values, got NaN or infinity"):
+            ask()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -376,8 +424,9 @@ def test_a_scale_that_is_no_scale_is_named(isa: str, value: float) -> None:
     queries, gallery = oracle.planted(np.random.default_rng(9), 3, 900, 8)
     scale = np.ones(900, np.float32)
     scale[700] = value
-    with pytest.raises(ValueError, match=r"gallery row 700: wanted a finite scale >= 0, got "):
-        similarity.attribute(queries, similarity.compress(gallery), k=2, scale=scale, **SHARP)
+    for one in (gallery, similarity.compress(gallery)):
+        with pytest.raises(ValueError, match=r"gallery row 700: wanted a finite scale >= 0, got "):
+            similarity.attribute(queries, one, k=2, scale=scale, **SHARP)
 
 
 def test_the_longest_rows_overflow_nothing(isa: str) -> None:
@@ -419,7 +468,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 def check_compressed(world, window: int, batch: int, threads: int, cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTRIBUTION_CODES", "always")
-        check_against_the_reference(world, window, batch, threads, cuts, similarity.compress)
+        for codes in (similarity.compress, lambda gallery: gallery):
+            check_against_the_reference(world, window, batch, threads, cuts, codes)
 
 
 @settings(max_examples=60, deadline=None)
