@@ -26,6 +26,7 @@ Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* que
       panels(kernels.panel_bytes(padded, gallery.dim)),
       offset(offset || filter == Filter::codes ? size_t(padded) : 0, 0.0f),
       weight(size_t(padded), 0.0f),
+      per_norm(size_t(padded), 0.0f),
       filter_(filter),
       queries_(rows.size() * size_t(padded_dim(gallery.dim))),
       own_offset_(rows.size(), 0.0),
@@ -52,15 +53,19 @@ Batch::Batch(const InstructionSet& set, const Gallery& gallery, const float* que
     largest_offset_ = std::max(largest_offset_, std::fabs(own_offset_[size_t(q)]) + norm_[size_t(q)] * center_norm_);
   }
   // A query too large for the fast kernel is only ever scored canonically.
-  if (largest_norm_ < 0x1p100) kernels.pack(queries_.data(), padded_dim(dim), count, dim, panels.data(), shift_.data());
+  if (largest_norm_ >= 0x1p100) return;
+  kernels.pack(queries_.data(), padded_dim(dim), count, dim, panels.data(), shift_.data());
+  for (size_t q = 0; q < rows.size(); ++q) per_norm[q] = float((rounding() * norm_[q] + double(shift_[q])) * (1 - 1e-6));
 }
+
+// Sums of products of codes are exact however long; what else is rounded there is rounded fewer than 32 times.
+double Batch::rounding() const { return filter_ == Filter::codes ? 0x1p-19 : (gallery.dim + 16) * kernels.rounding; }
 
 void Batch::bound(const Prepared& prepared, float* errors) const {
   // A sum of dim rounded products in any order, then the offset, the scale, the rounding of the canonical score, and
   // that of whoever adds or subtracts the error. Cauchy and Schwarz bound the sum of the products' magnitudes.
   const int dim = gallery.dim;
-  // Sums of products of codes are exact however long; what else is rounded there is rounded fewer than 32 times.
-  const double rounding = filter_ == Filter::codes ? 0x1p-19 : (dim + 16) * kernels.rounding;
+  const double rounding = this->rounding();
   const double norm = prepared.largest_norm, scale = prepared.largest_scale, shift = prepared.largest_shift;
   // Instruction sets differ in what they do to subnormal numbers; at worst each operand and each sum is flushed. Of
   // codes, which multiply what was flushed, the products count up to 2^22 * dim.

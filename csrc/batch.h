@@ -56,9 +56,13 @@ class Batch {
   AlignedBytes panels;
   std::vector<float> offset;  // [padded] or empty: what the filter adds; with codes, the center's part as well
   std::vector<float> weight;  // [padded] |q|, upwards
+  std::vector<float> per_norm;  // [padded] how fast bound() grows with Prepared::largest_norm, or slower
 
  private:
   const float* query(int q) const { return queries_.data() + int64_t(q) * padded_dim(gallery.dim); }
+
+  // Of a product and its addition, relative to |q| |x|, times how many there are.
+  double rounding() const;
 
   const Filter filter_;
   std::vector<float> queries_;  // [count][padded_dim]

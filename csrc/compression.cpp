@@ -62,7 +62,7 @@ void coded_scores(const Gallery& gallery, const Queries& queries, float* scores,
     prepared.largest_shift = 0;  // candidates bring their own
     batch.bound(prepared, error.data());
     const Emission to{threshold.data(), error.data(), batch.offset.data(), items.data(),
-                      block_rows,       fill.data(),  batch.weight.data()};
+                      block_rows,       fill.data(),  batch.weight.data(), batch.per_norm.data()};
     for (int first = 0; first < batch.count; first += batch.kernels.group(batch.count - first))
       batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery.dim, first, to);
     for (int q = 0; q < batch.count; ++q)

@@ -132,6 +132,7 @@ struct Emission {
   int64_t capacity;
   uint32_t* fill;       // [padded queries]
   const float* weight;  // [padded queries] |q|: what Prepared::shift is multiplied by and adds to the error
+  const float* per_norm;  // [padded queries] how much smaller an error is for each unit by which a row is below Prepared::largest_norm
 };
 
 // For `count_larger`. A score above `high` certainly exceeds the threshold, one below `low` certainly does not;

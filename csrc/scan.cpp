@@ -199,7 +199,7 @@ void Scan::set_thresholds(Prepared& prepared, Side& side) const {
 int64_t Scan::propose(const Prepared& prepared, int first, const Side& side, Member& member) {
   const Batch& batch = *side.batch;
   const Emission to{side.threshold.data(), side.error.data(), batch.offset.empty() ? nullptr : batch.offset.data(),
-                    member.buffer.get(), own_capacity, member.fill.data(), prepared.shift ? batch.weight.data() : nullptr};
+                    member.buffer.get(), own_capacity, member.fill.data(), prepared.shift ? batch.weight.data() : nullptr, batch.per_norm.data()};
   if (thresholds_ == nullptr)
     return batch.kernels.emit(prepared, batch.panels.data(), batch.count, gallery_.dim, first, to);
   const Counting counting{threshold_count_, side.low.data(), side.high.data(), member.larger.data()};

@@ -65,6 +65,24 @@ def test_every_size_agrees_with_the_reference(count: int, rows: int, dim: int) -
         np.testing.assert_array_equal(*counts)
 
 
+@pytest.mark.parametrize("isa", similarity.load_extension().instruction_sets())
+def test_a_short_row_beside_a_long_one_keeps_its_own_error(isa: str, monkeypatch) -> None:
+    """Rows along what rounding took from a query: nothing is seen of their scores, and all is allowed for."""
+    monkeypatch.setenv("ATTRIBUTION_ISA", isa)
+    rng = np.random.default_rng(15)
+    queries = rng.standard_normal((16, 200)).astype(np.float32)
+    lost = queries - torch.from_numpy(queries).to(torch.bfloat16).to(torch.float32).numpy()
+    gallery = 1e-4 * rng.standard_normal((2000, 200)).astype(np.float32)
+    gallery[50::90] = -5 * queries.sum(axis=0)
+    gallery[: 16 * 8] = np.linspace(1, 1.02, 8)[:, None].repeat(16, 0) * np.tile(oracle.unit(lost), (8, 1))
+    gallery = gallery[rng.permutation(len(gallery))]
+    rows = torch.from_numpy(gallery).to(torch.bfloat16)
+    want, found = (similarity.search(queries, rows, k=4, impl=impl) for impl in IMPLEMENTATIONS)
+    for a, b in zip(want, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (want[1] > 0.9 * np.linalg.norm(lost, axis=1, keepdims=True)).all()
+
+
 # Every arrangement of rows of two bytes: of one query, of few, of sixteen, of tiles.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [1, 7, 8, 31, 33, 96, 127])
